@@ -1,0 +1,140 @@
+//! Files that are whole or not there: a temporary name, a sync, a rename; and a checksum beside what must not rot.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use crate::error::FileError;
+
+/// Reads a whole file.
+///
+/// # Errors
+/// [`FileError::Read`], with the path.
+pub fn read_file(path: &Path) -> Result<Vec<u8>, FileError> {
+    std::fs::read(path).map_err(|source| FileError::Read {
+        path: path.into(),
+        source,
+    })
+}
+
+/// Writes `bytes` to `path` so that a reader, or a crash, sees the old content or the new, never a part.
+///
+/// The bytes go to a temporary name in the same directory, are synced, and are renamed over `path`; then the directory
+/// is synced. A failure leaves what stood there before.
+///
+/// # Errors
+/// [`FileError::Write`], with the path; the temporary file is removed.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
+    let fail = |source| FileError::Write {
+        path: path.into(),
+        source,
+    };
+    let temporary = beside(path, &format!(".{}.tmp", std::process::id()));
+    let written = File::create(&temporary).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync_all()
+    });
+    if let Err(source) = written.and_then(|()| std::fs::rename(&temporary, path)) {
+        // The first error is the one to report: the removal is a courtesy.
+        let _ = std::fs::remove_file(&temporary);
+        return Err(fail(source));
+    }
+    sync_directory(path.parent().unwrap_or(Path::new("."))).map_err(fail)
+}
+
+/// Syncs a directory, so that a rename inside it survives a power cut.
+///
+/// # Errors
+/// What the system said.
+pub fn sync_directory(directory: &Path) -> std::io::Result<()> {
+    let directory = if directory.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        directory
+    };
+    File::open(directory)?.sync_all()
+}
+
+/// The BLAKE3 hash of `bytes`, in hexadecimal.
+pub fn content_hash(bytes: &[u8]) -> String {
+    blake3::hash(bytes).to_hex().to_string()
+}
+
+/// [`write_atomic`], with the content's hash in `<path>.blake3` beside it, written first.
+///
+/// # Errors
+/// [`FileError::Write`].
+pub fn write_checked(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
+    // Should the crash fall between the two renames, the new hash meets the old content and the reader refuses it:
+    // writers of checkpoints therefore use a fresh directory and rename that last.
+    write_atomic(&checksum_path(path), content_hash(bytes).as_bytes())?;
+    write_atomic(path, bytes)
+}
+
+/// Reads what [`write_checked`] wrote.
+///
+/// # Errors
+/// [`FileError::Damaged`] if the content does not match its checksum, [`FileError::Read`] if either file is missing.
+pub fn read_checked(path: &Path) -> Result<Vec<u8>, FileError> {
+    let bytes = read_file(path)?;
+    let expected = String::from_utf8_lossy(&read_file(&checksum_path(path))?)
+        .trim()
+        .to_owned();
+    let found = content_hash(&bytes);
+    if expected != found {
+        return Err(FileError::Damaged {
+            path: path.into(),
+            expected,
+            found,
+        });
+    }
+    Ok(bytes)
+}
+
+fn checksum_path(path: &Path) -> PathBuf {
+    beside(path, ".blake3")
+}
+
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.file_name().map_or_else(OsString::new, OsString::from);
+    name.push(suffix);
+    path.with_file_name(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checked_file_reads_back_and_one_flipped_bit_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("weights.bin");
+        write_checked(&path, b"pivotal").unwrap();
+        assert_eq!(read_checked(&path).unwrap(), b"pivotal");
+        std::fs::write(&path, b"pivotak").unwrap();
+        assert!(matches!(
+            read_checked(&path),
+            Err(FileError::Damaged { .. })
+        ));
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_old_content_and_no_temporary_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("occupied");
+        std::fs::create_dir(&path).unwrap();
+        std::fs::write(path.join("inside"), b"old").unwrap();
+        assert!(matches!(
+            write_atomic(&path, b"new"),
+            Err(FileError::Write { .. })
+        ));
+        assert_eq!(std::fs::read(path.join("inside")).unwrap(), b"old");
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn the_hash_of_nothing_is_blake3s() {
+        assert!(content_hash(b"").starts_with("af1349b9f5f9a1a6"));
+    }
+}
