@@ -23,8 +23,8 @@ LLAMA3_ROPE = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    # With 32 the wavelengths of 8 frequencies at base 500000 fall into all three bands (kept, blended, divided).
-    "original_max_position_embeddings": 32,
+    # At base 500000 and 64 positions the wavelengths 6.3, 32.4 and 167 fall into the three bands: kept, blended, divided.
+    "original_max_position_embeddings": 64,
 }
 
 FAMILIES = {
