@@ -1,1 +1,23 @@
-//! x
+//! Six fused, differentiable operations of a Llama-shaped transformer on Burn tensors.
+//!
+//! | operation | what is fused |
+//! |---|---|
+//! | [`linear`] | `x Wᵀ`, optionally with bfloat16 operands |
+//! | [`lora_linear`] | the frozen weight and its low-rank update in one node |
+//! | [`rms_norm`] | root mean square normalisation and its gain |
+//! | [`rope_attention`] | rotary embedding and attention over a tree-packed batch |
+//! | [`swiglu`] | `silu(gate) · up` |
+//! | [`token_logps`] | language model head, log-softmax and gather, without the logits |
+//!
+//! On Burn's processor backend (Flex, `f32`) each runs the kernels of `pivotal-kernels` and has a gradient written by
+//! hand. Everywhere else the same function is composed of Burn's own operations ([`portable`]) and Burn derives the
+//! gradient. A parent that does not require a gradient gets none computed.
+
+mod attention_layout;
+mod fused;
+pub mod portable;
+mod precision;
+
+pub use attention_layout::{AttentionLayout, AttentionSpan, LayoutError};
+pub use fused::{linear, lora_linear, rms_norm, rope_attention, swiglu, token_logps};
+pub use precision::Precision;

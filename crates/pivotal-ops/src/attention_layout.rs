@@ -1,0 +1,295 @@
+//! What attention needs to know of a tree-packed batch, computed once for all layers.
+
+use std::sync::{Arc, OnceLock};
+
+use burn::tensor::{Bool, Device, Tensor, TensorData};
+
+/// A run of tokens that attends causally to itself and fully to one prefix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttentionSpan {
+    /// First token in the pack.
+    pub start: usize,
+    /// Tokens in the run.
+    pub len: usize,
+    /// First token of the prefix in the pack; 0 where there is none.
+    pub prefix_start: usize,
+    /// Tokens in the prefix; 0 for a prompt.
+    pub prefix_len: usize,
+}
+
+/// A layout that cannot be attended over.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum LayoutError {
+    /// A span that does not begin where the one before it ended.
+    #[error("span {index} starts at token {start}, expected {expected}: spans must tile the pack")]
+    Gap {
+        /// Which span.
+        index: usize,
+        /// Where it starts.
+        start: usize,
+        /// Where the span before it ended.
+        expected: usize,
+    },
+    /// A prefix that is not wholly before its span.
+    #[error(
+        "span {index} starts at token {start} but its prefix ends at {prefix_end}: a prefix must come first"
+    )]
+    PrefixAfterSpan {
+        /// Which span.
+        index: usize,
+        /// Where it starts.
+        start: usize,
+        /// Where its prefix ends.
+        prefix_end: usize,
+    },
+    /// Query heads that do not divide evenly among the key heads.
+    #[error("`heads` is {heads}, expected a positive multiple of `kv_heads` ({kv_heads})")]
+    Heads {
+        /// Query heads.
+        heads: usize,
+        /// Key and value heads.
+        kv_heads: usize,
+    },
+    /// Rotary frequencies that do not fit the head.
+    #[error(
+        "`inverse_frequencies` has {found} entries for a `head_dim` of {head_dim}, expected {}",
+        head_dim / 2
+    )]
+    Frequencies {
+        /// How many there are.
+        found: usize,
+        /// Size of a head; must be even and positive.
+        head_dim: usize,
+    },
+}
+
+/// Spans, rotary tables and head counts of one batch: built once, used by every layer.
+///
+/// Cloning is cheap: the content is shared.
+#[derive(Clone, Debug)]
+pub struct AttentionLayout {
+    plan: Arc<AttentionPlan>,
+}
+
+#[derive(Debug)]
+pub(crate) struct AttentionPlan {
+    pub(crate) spans: Vec<AttentionSpan>,
+    pub(crate) tokens: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) head_dim: usize,
+    /// `[tokens, head_dim / 2]`, times the attention scale of the rotary embedding.
+    pub(crate) cos: Vec<f32>,
+    pub(crate) sin: Vec<f32>,
+    device: Device,
+    dense: OnceLock<DenseLayout>,
+}
+
+/// The tensors that the portable body needs; the fused one never builds them.
+#[derive(Debug)]
+pub(crate) struct DenseLayout {
+    /// `[tokens, 1, head_dim / 2]`.
+    pub(crate) cos: Tensor<3>,
+    pub(crate) sin: Tensor<3>,
+    /// `[1, tokens, tokens]`; true where the query (second axis) must not see the key (third axis).
+    pub(crate) hidden: Tensor<3, Bool>,
+}
+
+impl AttentionLayout {
+    /// The layout of a pack whose spans are `spans`, in order.
+    ///
+    /// Token `i` of a span has the position `prefix_len + i`. `inverse_frequencies` are those of the rotary embedding,
+    /// already scaled (Llama 3, YaRN, ...), one for each pair of channels; `rope_attention_scale` multiplies cosine and
+    /// sine (1 but for YaRN). Rotation is in halves: channel `i` pairs with `i + head_dim / 2`, as in Hugging Face's Llama.
+    ///
+    /// # Errors
+    /// [`LayoutError`] if the spans do not tile the pack, a prefix does not precede its span, `heads` is no multiple of
+    /// `kv_heads`, or there are not `head_dim / 2` frequencies.
+    ///
+    /// # Examples
+    /// ```
+    /// use pivotal_ops::{AttentionLayout, AttentionSpan};
+    /// let prompt = AttentionSpan { start: 0, len: 3, prefix_start: 0, prefix_len: 0 };
+    /// let response = AttentionSpan { start: 3, len: 2, prefix_start: 0, prefix_len: 3 };
+    /// let device = burn::tensor::Device::flex();
+    /// let layout = AttentionLayout::new(&[prompt, response], 4, 2, 4, &[1.0, 0.01], 1.0, &device).unwrap();
+    /// assert_eq!(layout.tokens(), 5);
+    /// ```
+    pub fn new(
+        spans: &[AttentionSpan],
+        heads: usize,
+        kv_heads: usize,
+        head_dim: usize,
+        inverse_frequencies: &[f32],
+        rope_attention_scale: f32,
+        device: &Device,
+    ) -> Result<Self, LayoutError> {
+        if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
+            return Err(LayoutError::Heads { heads, kv_heads });
+        }
+        let half = inverse_frequencies.len();
+        if head_dim == 0 || head_dim != 2 * half {
+            return Err(LayoutError::Frequencies {
+                found: half,
+                head_dim,
+            });
+        }
+        let tokens = check_spans(spans)?;
+        let mut cos = Vec::with_capacity(tokens * half);
+        let mut sin = Vec::with_capacity(tokens * half);
+        for span in spans {
+            for position in span.prefix_len..span.prefix_len + span.len {
+                for &frequency in inverse_frequencies {
+                    // The product is rounded to f32 first, as PyTorch does; the functions themselves are then exact.
+                    let angle = f64::from(position as f32 * frequency);
+                    cos.push(angle.cos() as f32 * rope_attention_scale);
+                    sin.push(angle.sin() as f32 * rope_attention_scale);
+                }
+            }
+        }
+        Ok(Self {
+            plan: Arc::new(AttentionPlan {
+                spans: spans.to_vec(),
+                tokens,
+                heads,
+                kv_heads,
+                head_dim,
+                cos,
+                sin,
+                device: device.clone().without_autodiff(),
+                dense: OnceLock::new(),
+            }),
+        })
+    }
+
+    /// Tokens in the pack.
+    pub fn tokens(&self) -> usize {
+        self.plan.tokens
+    }
+
+    /// Query heads.
+    pub fn heads(&self) -> usize {
+        self.plan.heads
+    }
+
+    /// Key and value heads.
+    pub fn kv_heads(&self) -> usize {
+        self.plan.kv_heads
+    }
+
+    /// Channels in a head.
+    pub fn head_dim(&self) -> usize {
+        self.plan.head_dim
+    }
+
+    pub(crate) fn plan(&self) -> &Arc<AttentionPlan> {
+        &self.plan
+    }
+}
+
+impl AttentionPlan {
+    pub(crate) fn dense(&self) -> &DenseLayout {
+        self.dense.get_or_init(|| {
+            let shape = [self.tokens, 1, self.head_dim / 2];
+            let mut hidden = vec![true; self.tokens * self.tokens];
+            for span in &self.spans {
+                for i in 0..span.len {
+                    let row = &mut hidden[(span.start + i) * self.tokens..][..self.tokens];
+                    row[span.prefix_start..span.prefix_start + span.prefix_len].fill(false);
+                    row[span.start..=span.start + i].fill(false);
+                }
+            }
+            DenseLayout {
+                cos: Tensor::from_data(TensorData::new(self.cos.clone(), shape), &self.device),
+                sin: Tensor::from_data(TensorData::new(self.sin.clone(), shape), &self.device),
+                hidden: Tensor::from_data(
+                    TensorData::new(hidden, [1, self.tokens, self.tokens]),
+                    &self.device,
+                ),
+            }
+        })
+    }
+}
+
+fn check_spans(spans: &[AttentionSpan]) -> Result<usize, LayoutError> {
+    let mut end = 0;
+    for (index, span) in spans.iter().enumerate() {
+        if span.start != end {
+            return Err(LayoutError::Gap {
+                index,
+                start: span.start,
+                expected: end,
+            });
+        }
+        let prefix_end = span.prefix_start + span.prefix_len;
+        if span.prefix_len > 0 && prefix_end > span.start {
+            return Err(LayoutError::PrefixAfterSpan {
+                index,
+                start: span.start,
+                prefix_end,
+            });
+        }
+        end += span.len;
+    }
+    Ok(end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn span(start: usize, len: usize, prefix_start: usize, prefix_len: usize) -> AttentionSpan {
+        AttentionSpan {
+            start,
+            len,
+            prefix_start,
+            prefix_len,
+        }
+    }
+
+    fn layout(spans: &[AttentionSpan]) -> Result<AttentionLayout, LayoutError> {
+        AttentionLayout::new(spans, 4, 2, 4, &[1.0, 0.5], 1.0, &Device::flex())
+    }
+
+    #[test]
+    fn refuses_what_cannot_be_attended_over() {
+        let gap = layout(&[span(0, 2, 0, 0), span(3, 1, 0, 2)]).unwrap_err();
+        assert_eq!(
+            gap.to_string(),
+            "span 1 starts at token 3, expected 2: spans must tile the pack"
+        );
+        let late = layout(&[span(0, 2, 0, 0), span(2, 1, 1, 2)]).unwrap_err();
+        assert_eq!(
+            late,
+            LayoutError::PrefixAfterSpan {
+                index: 1,
+                start: 2,
+                prefix_end: 3
+            }
+        );
+        let device = Device::flex();
+        let heads = AttentionLayout::new(&[], 3, 2, 4, &[1.0, 0.5], 1.0, &device).unwrap_err();
+        assert_eq!(
+            heads,
+            LayoutError::Heads {
+                heads: 3,
+                kv_heads: 2
+            }
+        );
+        let odd = AttentionLayout::new(&[], 2, 2, 5, &[1.0, 0.5], 1.0, &device).unwrap_err();
+        assert_eq!(
+            odd.to_string(),
+            "`inverse_frequencies` has 2 entries for a `head_dim` of 5, expected 2"
+        );
+    }
+
+    #[test]
+    fn a_response_goes_on_where_its_prefix_ends() {
+        let layout = layout(&[span(0, 2, 0, 0), span(2, 1, 0, 2), span(3, 1, 0, 2)]).unwrap();
+        let plan = layout.plan();
+        assert_eq!(plan.cos[4..6], plan.cos[6..8]);
+        assert_eq!(plan.cos[4], (2.0f64).cos() as f32);
+        assert_eq!(plan.sin[5], (1.0f64).sin() as f32);
+    }
+}
