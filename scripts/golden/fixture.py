@@ -42,7 +42,7 @@ def numbers(value, digits: int = 12):
         return value
     if not math.isfinite(value):
         raise ValueError(f"a golden number is {value}")
-    return float(f"{value:.{digits}g}")
+    return float(f"{value:.{digits}g}") + 0.0  # never -0.0
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:

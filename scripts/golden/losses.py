@@ -56,7 +56,7 @@ def write_dpo(directory) -> None:
         ):
             cases.append(dpo_case(beta, chosen, rejected, reference_chosen, reference_rejected))
     # beta 1 and a zero reference: the margin is the log-probabilities' own difference.
-    for margin in (1e-3, -1e-3, 1.0, -1.0, 20.0, -20.0, 200.0, -200.0, 700.0, -700.0, 1e4, -1e4):
+    for margin in (2.0**-10, -(2.0**-10), 1.0, -1.0, 20.0, -20.0, 200.0, -200.0, 700.0, -700.0, 1e4, -1e4):
         cases.append(dpo_case(1.0, -50.0, -50.0 - margin, -50.0, -50.0))
     content = header("losses.py", f"{trl_losses.DPO_METHOD}, loss_type sigmoid, label_smoothing 0")
     content |= {
@@ -83,7 +83,11 @@ def masked_pairs() -> list[dict]:
             seed, chosen, rejected, chosen, rejected
         )
         pairs.append(
-            {"policy": (policy_chosen, policy_rejected), "reference": (reference_chosen, reference_rejected), "keep": keep}
+            {
+                "policy": (policy_chosen, policy_rejected),
+                "reference": (reference_chosen, reference_rejected),
+                "keep": keep,
+            }
         )
     return pairs
 
