@@ -62,8 +62,8 @@ def token_logps(model, token_ids: list[int]) -> torch.Tensor:
 def check_gradient(model, scalar, name: str, index: tuple, step: float = 1e-6, tolerance: float = 1e-7) -> None:
     """Central differences of `scalar()` by one number of parameter `name`, against the gradient already in it.
 
-    A float32 cast left anywhere in the forward pass makes the difference quotient wrong by about 1e-1, so this also
-    proves that the model is float64 from end to end.
+    A float32 cast left between that parameter and the scalar makes the quotient wrong by 1e-1 and more, so this also
+    proves that the path is float64.
     """
     parameter = dict(model.named_parameters())[name]
     with torch.no_grad():

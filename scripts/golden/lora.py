@@ -55,8 +55,8 @@ def main() -> None:
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable or not all("lora_" in name for name in trainable):
         raise AssertionError("only the adapter's matrices may carry a gradient")
-    check_gradient(model, scalar, next(name for name in trainable if "layers.0.self_attn.q_proj.lora_A" in name), (1, 2))
-    check_gradient(model, scalar, next(name for name in trainable if "layers.1.mlp.down_proj.lora_B" in name), (5, 3))
+    for part, index in (("layers.0.self_attn.q_proj.lora_A", (1, 2)), ("layers.1.mlp.down_proj.lora_B", (5, 3))):
+        check_gradient(model, scalar, next(name for name in trainable if part in name), index)
     # Under the adapter file's own names, so that weight and gradient are found by the same key.
     gradients = {name.replace(".default.", "."): value.grad.float().contiguous() for name, value in trainable.items()}
     saved = load_file(directory / "adapter_model.safetensors")

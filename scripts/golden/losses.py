@@ -93,7 +93,7 @@ def masked_pairs() -> list[dict]:
 
 
 def normalised(log_ratios, keep, normalisation: str):
-    """METHOD, section 8. An empty mask gives 0 under each of the three."""
+    """The sum, mean or length-rescaled sum of the kept log-ratios. An empty mask gives 0 under each of the three."""
     mask = torch.tensor(keep, dtype=torch.float64)
     total, kept = (mask * log_ratios).sum(), mask.sum().clamp(min=1.0)
     return {"sum": total, "kept_mean": total / kept, "rescaled_sum": total * len(keep) / kept}[normalisation]
@@ -140,7 +140,7 @@ def write_masked_dpo(directory) -> None:
                 )
     content = header(
         "losses.py",
-        f"{trl_losses.DPO_METHOD} with the keep mask as completion_mask: sigmoid for `sum`, sigmoid_norm for `kept_mean`; "
+        f"{trl_losses.DPO_METHOD} with keep as completion_mask: sigmoid for `sum`, sigmoid_norm for `kept_mean`; "
         "`rescaled_sum` (Σ·T/ΣM, T the response's tokens) is Pivotal's own, its gradient autograd's",
     )
     content |= {
@@ -235,8 +235,11 @@ def write_sft(directory) -> None:
                 "gradient": [exact(row) for row in token_logps.grad.split(lengths)],
             }
         )
-    content = header("losses.py", "torch.nn.functional.cross_entropy, ignore_index -100; METHOD section 8 where none is kept")
-    content |= {"shapes": "one batch a case; ragged [responses][tokens]; one denominator for the whole batch", "cases": cases}
+    content = header("losses.py", "torch.nn.functional.cross_entropy, ignore_index -100; 0 by definition where none is kept")
+    content |= {
+        "shapes": "one batch a case; ragged [responses][tokens]; one denominator for the whole batch",
+        "cases": cases,
+    }
     write_json(directory / "sft.json", content)
 
 
