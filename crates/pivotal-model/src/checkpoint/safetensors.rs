@@ -1,0 +1,230 @@
+//! Weights in safetensors files, one or many, read through memory maps.
+//!
+//! The `safetensors` crate checks the header against the file's length before it allocates, and that the tensors tile
+//! the data without gap or overlap.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use memmap2::Mmap;
+use pivotal_core::{FileError, content_hash, read_file};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+
+use super::map::map_file;
+use super::{HostTensor, names_to_read, read_optional};
+use crate::config::DecoderConfig;
+use crate::error::{Error, Result};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// Reads every weight that `config` asks for from a Hugging Face directory.
+pub(super) fn read_weights(
+    directory: &Path,
+    config: &DecoderConfig,
+) -> Result<BTreeMap<String, HostTensor>> {
+    let files = weight_files(directory)?;
+    let maps = open(files.keys())?;
+    let opened = parse(&maps)?;
+    for ((path, tensors), named) in opened.iter().zip(files.values()) {
+        let held: BTreeSet<&str> = tensors.names().into_iter().collect();
+        let missing: Vec<String> = named
+            .iter()
+            .filter(|name| !held.contains(name.as_str()))
+            .cloned()
+            .collect();
+        if !missing.is_empty() {
+            return Err(Error::MissingTensors {
+                path: path.into(),
+                names: missing,
+            });
+        }
+    }
+    let views = collect(&opened)?;
+    let shapes = views
+        .iter()
+        .map(|(name, (_, view))| (name.clone(), view.shape().to_vec()))
+        .collect();
+    names_to_read(directory, config, &shapes)?
+        .into_iter()
+        .map(|name| {
+            let (path, view) = &views[&name];
+            let tensor = to_host(path, &name, view)?;
+            Ok((name, tensor))
+        })
+        .collect()
+}
+
+/// Reads every tensor of one file.
+pub(crate) fn read_all(path: &Path) -> Result<BTreeMap<String, HostTensor>> {
+    let maps = open([path])?;
+    let opened = parse(&maps)?;
+    collect(&opened)?
+        .into_iter()
+        .map(|(name, (path, view))| {
+            let tensor = to_host(path, &name, &view)?;
+            Ok((name, tensor))
+        })
+        .collect()
+}
+
+/// The bytes of a safetensors file with these tensors, as `f32` and marked as PyTorch's.
+pub(crate) fn serialize<'a>(
+    tensors: impl Iterator<Item = (&'a str, &'a HostTensor)>,
+) -> Result<Vec<u8>, safetensors::SafeTensorError> {
+    let bytes: Vec<(&str, &[usize], Vec<u8>)> = tensors
+        .map(|(name, tensor)| {
+            let bytes = tensor.values().iter().flat_map(|value| value.to_le_bytes());
+            (name, tensor.shape(), bytes.collect())
+        })
+        .collect();
+    let views = bytes
+        .iter()
+        .map(|(name, shape, bytes)| {
+            Ok((*name, TensorView::new(Dtype::F32, shape.to_vec(), bytes)?))
+        })
+        .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
+    // One entry only: the crate writes this map in hash order, and equal models must be equal files.
+    let metadata = [("format".to_owned(), "pt".to_owned())];
+    safetensors::serialize(views, Some(metadata.into()))
+}
+
+/// The files that hold the weights, each with the tensors that an index says are in it.
+fn weight_files(directory: &Path) -> Result<BTreeMap<PathBuf, BTreeSet<String>>> {
+    let single = directory.join(SINGLE);
+    if single.is_file() {
+        return Ok(BTreeMap::from([(single, BTreeSet::new())]));
+    }
+    let index_path = directory.join(INDEX);
+    let Some(bytes) = read_optional(&index_path)? else {
+        return Err(Error::NoWeights {
+            path: directory.into(),
+        });
+    };
+    let index: Value = serde_json::from_slice(&bytes).map_err(|source| Error::Json {
+        path: index_path.clone(),
+        source,
+    })?;
+    let Some(Value::Object(weight_map)) = index.get("weight_map") else {
+        return Err(Error::MissingKey {
+            path: index_path,
+            key: "weight_map".into(),
+        });
+    };
+    let mut files = BTreeMap::<_, BTreeSet<String>>::new();
+    for (tensor, file) in weight_map {
+        let file = file
+            .as_str()
+            .filter(|file| is_plain_name(file))
+            .ok_or_else(|| {
+                Error::value(
+                    &index_path,
+                    &format!("weight_map.{tensor}"),
+                    "the name of a file in the same directory",
+                    file,
+                )
+            })?;
+        files
+            .entry(directory.join(file))
+            .or_default()
+            .insert(tensor.clone());
+    }
+    Ok(files)
+}
+
+/// A name without a way out of its directory.
+fn is_plain_name(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    matches!(parts.next(), Some(std::path::Component::Normal(_))) && parts.next().is_none()
+}
+
+/// Maps files, and compares each with the checksum beside it where there is one.
+fn open(paths: impl IntoIterator<Item = impl AsRef<Path>>) -> Result<Vec<(PathBuf, Mmap)>> {
+    paths
+        .into_iter()
+        .map(|path| {
+            let path = path.as_ref().to_path_buf();
+            let map = map_file(&path)?;
+            let mut name = path.file_name().unwrap_or_default().to_owned();
+            name.push(".blake3");
+            let checksum = path.with_file_name(name);
+            if checksum.is_file() {
+                let expected = String::from_utf8_lossy(&read_file(&checksum)?)
+                    .trim()
+                    .to_owned();
+                let found = content_hash(&map);
+                if found != expected {
+                    return Err(Error::File(FileError::Damaged {
+                        path,
+                        expected,
+                        found,
+                    }));
+                }
+            }
+            Ok((path, map))
+        })
+        .collect()
+}
+
+fn parse(maps: &[(PathBuf, Mmap)]) -> Result<Vec<(&Path, SafeTensors<'_>)>> {
+    maps.iter()
+        .map(|(path, map)| {
+            let tensors = SafeTensors::deserialize(map).map_err(|source| Error::Safetensors {
+                path: path.clone(),
+                source,
+            })?;
+            Ok((path.as_path(), tensors))
+        })
+        .collect()
+}
+
+type Views<'a> = BTreeMap<String, (&'a Path, TensorView<'a>)>;
+
+fn collect<'a>(opened: &[(&'a Path, SafeTensors<'a>)]) -> Result<Views<'a>> {
+    let mut views = BTreeMap::new();
+    for (path, tensors) in opened {
+        for (name, view) in tensors.tensors() {
+            if views.insert(name.clone(), (*path, view)).is_some() {
+                return Err(Error::DuplicateTensor {
+                    path: path.into(),
+                    tensor: name,
+                });
+            }
+        }
+    }
+    Ok(views)
+}
+
+fn to_host(path: &Path, name: &str, view: &TensorView<'_>) -> Result<HostTensor> {
+    let data = view.data();
+    let values = match view.dtype() {
+        Dtype::F32 => data
+            .as_chunks()
+            .0
+            .iter()
+            .map(|&bytes| f32::from_le_bytes(bytes))
+            .collect(),
+        Dtype::F16 => half_values(data, |bytes| f16::from_le_bytes(bytes).to_f32()),
+        Dtype::BF16 => half_values(data, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+        other => {
+            return Err(Error::TensorType {
+                path: path.into(),
+                tensor: name.into(),
+                found: format!("{other:?}"),
+                expected: "F32, F16, BF16",
+            });
+        }
+    };
+    HostTensor::new(view.shape().to_vec(), values)
+}
+
+fn half_values(data: &[u8], convert: impl Fn([u8; 2]) -> f32) -> Vec<f32> {
+    data.as_chunks()
+        .0
+        .iter()
+        .map(|&bytes| convert(bytes))
+        .collect()
+}
