@@ -1,1 +1,40 @@
-//! x
+#![doc = include_str!("../README.md")]
+
+mod agreement;
+mod assign;
+mod baseline;
+mod config;
+mod cut;
+mod diagnostics;
+mod drift;
+mod error;
+mod fast;
+mod named;
+mod offset;
+mod response;
+mod rule;
+mod score;
+mod segment;
+mod select;
+mod signal;
+mod trigger;
+mod warning;
+
+pub use agreement::{Agreement, AgreementCounts};
+pub use assign::{Credit, CreditState};
+pub use baseline::{Baseline, BaselineState, Positions, ResolvedBaseline};
+pub use config::{BaselineRule, CreditConfig, CutRule, Field};
+pub use cut::{Cut, Cutter, FixedCutter, JumpCutter, OffsetCutter, PunctuationCutter, mark_cuts};
+pub use diagnostics::{Diagnostics, DiagnosticsReport, SideReport};
+pub use drift::Drift;
+pub use error::{Error, Result};
+pub use fast::{jump_mask, schmitt_mask};
+pub use offset::Width;
+pub use response::{RecordSample, Response, ResponseCredit};
+pub use rule::CreditRule;
+pub use score::Score;
+pub use segment::{Segment, merge_short, segments_from_cuts};
+pub use select::{Neutral, Selection, Weighting, agree, random_subset, relative_bin, soft_weight};
+pub use signal::{Signal, advance, check_finite, increment, log_ratio};
+pub use trigger::{Between, SchmittTrigger};
+pub use warning::{Thresholds, Warning};

@@ -1,0 +1,5 @@
+//! Tokens a second from signal to keep mask.
+
+fn main() {
+    divan::main();
+}

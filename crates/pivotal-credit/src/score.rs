@@ -1,0 +1,60 @@
+//! A segment's score (METHOD, section 5).
+
+use crate::named::named_enum;
+
+named_enum! {
+    /// How a segment's token signals become one number.
+    pub enum Score {
+        /// Their mean.
+        Mean = "mean",
+        /// Their sum.
+        Sum = "sum",
+        /// The last of them.
+        Last = "last",
+        /// The one farthest from 0, with its sign; the first of those equally far.
+        MaxAbs = "max_abs",
+    }
+}
+
+impl Score {
+    /// The score of one segment's signal; 0 of no token. Sums run in f64, in a fixed order.
+    ///
+    /// # Examples
+    /// ```
+    /// use pivotal_credit::Score;
+    /// let signal = [1.0, -4.0, 1.5];
+    /// assert_eq!(Score::Mean.of(&signal), -0.5);
+    /// assert_eq!(Score::Sum.of(&signal), -1.5);
+    /// assert_eq!(Score::Last.of(&signal), 1.5);
+    /// assert_eq!(Score::MaxAbs.of(&signal), -4.0);
+    /// ```
+    #[inline]
+    pub fn of(self, signal: &[f32]) -> f32 {
+        match self {
+            Self::Mean => (sum(signal) / signal.len().max(1) as f64) as f32,
+            Self::Sum => sum(signal) as f32,
+            Self::Last => signal.last().copied().unwrap_or(0.0),
+            Self::MaxAbs => signal.iter().copied().fold(0.0, |far: f32, reward| {
+                if reward.abs() > far.abs() {
+                    reward
+                } else {
+                    far
+                }
+            }),
+        }
+    }
+}
+
+/// Eight interleaved partial sums, so that the compiler can keep them in vector registers.
+#[inline]
+fn sum(signal: &[f32]) -> f64 {
+    let (chunks, rest) = signal.as_chunks::<8>();
+    let mut lanes = [0.0_f64; 8];
+    for chunk in chunks {
+        for (lane, &reward) in lanes.iter_mut().zip(chunk) {
+            *lane += f64::from(reward);
+        }
+    }
+    let tail: f64 = rest.iter().map(|&reward| f64::from(reward)).sum();
+    lanes.iter().sum::<f64>() + tail
+}
