@@ -3,19 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use burn::tensor::{Bool, Device, Tensor, TensorData};
-
-/// A run of tokens that attends causally to itself and fully to one prefix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AttentionSpan {
-    /// First token in the pack.
-    pub start: usize,
-    /// Tokens in the run.
-    pub len: usize,
-    /// First token of the prefix in the pack; 0 where there is none.
-    pub prefix_start: usize,
-    /// Tokens in the prefix; 0 for a prompt.
-    pub prefix_len: usize,
-}
+use pivotal_kernels::{AttentionPlan, AttentionShape, RopeTable, Span};
 
 /// A layout that cannot be attended over.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -69,19 +57,16 @@ pub enum LayoutError {
 /// Cloning is cheap: the content is shared.
 #[derive(Clone, Debug)]
 pub struct AttentionLayout {
-    plan: Arc<AttentionPlan>,
+    plan: Arc<LayoutPlan>,
 }
 
 #[derive(Debug)]
-pub(crate) struct AttentionPlan {
-    pub(crate) spans: Vec<AttentionSpan>,
-    pub(crate) tokens: usize,
-    pub(crate) heads: usize,
-    pub(crate) kv_heads: usize,
-    pub(crate) head_dim: usize,
-    /// `[tokens, head_dim / 2]`, times the attention scale of the rotary embedding.
-    pub(crate) cos: Vec<f32>,
-    pub(crate) sin: Vec<f32>,
+pub(crate) struct LayoutPlan {
+    pub(crate) attention: AttentionPlan,
+    pub(crate) rope: RopeTable,
+    spans: Vec<Span>,
+    inverse_frequencies: Vec<f32>,
+    rope_attention_scale: f32,
     device: Device,
     dense: OnceLock<DenseLayout>,
 }
@@ -117,7 +102,7 @@ impl AttentionLayout {
     /// assert_eq!(layout.tokens(), 5);
     /// ```
     pub fn new(
-        spans: &[AttentionSpan],
+        spans: &[Span],
         heads: usize,
         kv_heads: usize,
         head_dim: usize,
@@ -136,27 +121,18 @@ impl AttentionLayout {
             });
         }
         let tokens = check_spans(spans)?;
-        let mut cos = Vec::with_capacity(tokens * half);
-        let mut sin = Vec::with_capacity(tokens * half);
-        for span in spans {
-            for position in span.prefix_len..span.prefix_len + span.len {
-                for &frequency in inverse_frequencies {
-                    // The product is rounded to f32 first, as PyTorch does; the functions themselves are then exact.
-                    let angle = f64::from(position as f32 * frequency);
-                    cos.push(angle.cos() as f32 * rope_attention_scale);
-                    sin.push(angle.sin() as f32 * rope_attention_scale);
-                }
-            }
-        }
+        let shape = AttentionShape {
+            heads,
+            kv_heads,
+            head_dim,
+        };
         Ok(Self {
-            plan: Arc::new(AttentionPlan {
+            plan: Arc::new(LayoutPlan {
+                attention: AttentionPlan::new(spans, tokens, shape),
+                rope: RopeTable::new(inverse_frequencies, &positions(spans), rope_attention_scale),
                 spans: spans.to_vec(),
-                tokens,
-                heads,
-                kv_heads,
-                head_dim,
-                cos,
-                sin,
+                inverse_frequencies: inverse_frequencies.to_vec(),
+                rope_attention_scale,
                 device: device.clone().without_autodiff(),
                 dense: OnceLock::new(),
             }),
@@ -165,54 +141,71 @@ impl AttentionLayout {
 
     /// Tokens in the pack.
     pub fn tokens(&self) -> usize {
-        self.plan.tokens
+        self.plan.attention.tokens()
     }
 
     /// Query heads.
     pub fn heads(&self) -> usize {
-        self.plan.heads
+        self.plan.attention.shape().heads
     }
 
     /// Key and value heads.
     pub fn kv_heads(&self) -> usize {
-        self.plan.kv_heads
+        self.plan.attention.shape().kv_heads
     }
 
     /// Channels in a head.
     pub fn head_dim(&self) -> usize {
-        self.plan.head_dim
+        self.plan.attention.shape().head_dim
     }
 
-    pub(crate) fn plan(&self) -> &Arc<AttentionPlan> {
+    pub(crate) fn plan(&self) -> &Arc<LayoutPlan> {
         &self.plan
     }
-}
 
-impl AttentionPlan {
     pub(crate) fn dense(&self) -> &DenseLayout {
-        self.dense.get_or_init(|| {
-            let shape = [self.tokens, 1, self.head_dim / 2];
-            let mut hidden = vec![true; self.tokens * self.tokens];
-            for span in &self.spans {
+        let plan = &self.plan;
+        plan.dense.get_or_init(|| {
+            let tokens = self.tokens();
+            let angles: Vec<f64> = positions(&plan.spans)
+                .into_iter()
+                .flat_map(|position| {
+                    let angle = move |f: &f32| f64::from(f * position as f32);
+                    plan.inverse_frequencies.iter().map(angle)
+                })
+                .collect();
+            let scale = f64::from(plan.rope_attention_scale);
+            let table = |value: fn(f64) -> f64| {
+                let values: Vec<f64> = angles.iter().map(|&angle| value(angle) * scale).collect();
+                let data = TensorData::new(values, [tokens, 1, self.head_dim() / 2]);
+                Tensor::from_data(data, &plan.device)
+            };
+            let mut hidden = vec![true; tokens * tokens];
+            for span in &plan.spans {
                 for i in 0..span.len {
-                    let row = &mut hidden[(span.start + i) * self.tokens..][..self.tokens];
+                    let row = &mut hidden[(span.start + i) * tokens..][..tokens];
                     row[span.prefix_start..span.prefix_start + span.prefix_len].fill(false);
                     row[span.start..=span.start + i].fill(false);
                 }
             }
+            let hidden = TensorData::new(hidden, [1, tokens, tokens]);
             DenseLayout {
-                cos: Tensor::from_data(TensorData::new(self.cos.clone(), shape), &self.device),
-                sin: Tensor::from_data(TensorData::new(self.sin.clone(), shape), &self.device),
-                hidden: Tensor::from_data(
-                    TensorData::new(hidden, [1, self.tokens, self.tokens]),
-                    &self.device,
-                ),
+                cos: table(f64::cos),
+                sin: table(f64::sin),
+                hidden: Tensor::from_data(hidden, &plan.device),
             }
         })
     }
 }
 
-fn check_spans(spans: &[AttentionSpan]) -> Result<usize, LayoutError> {
+fn positions(spans: &[Span]) -> Vec<usize> {
+    spans
+        .iter()
+        .flat_map(|span| span.prefix_len..span.prefix_len + span.len)
+        .collect()
+}
+
+fn check_spans(spans: &[Span]) -> Result<usize, LayoutError> {
     let mut end = 0;
     for (index, span) in spans.iter().enumerate() {
         if span.start != end {
@@ -239,8 +232,8 @@ fn check_spans(spans: &[AttentionSpan]) -> Result<usize, LayoutError> {
 mod tests {
     use super::*;
 
-    fn span(start: usize, len: usize, prefix_start: usize, prefix_len: usize) -> AttentionSpan {
-        AttentionSpan {
+    fn span(start: usize, len: usize, prefix_start: usize, prefix_len: usize) -> Span {
+        Span {
             start,
             len,
             prefix_start,
@@ -248,7 +241,7 @@ mod tests {
         }
     }
 
-    fn layout(spans: &[AttentionSpan]) -> Result<AttentionLayout, LayoutError> {
+    fn layout(spans: &[Span]) -> Result<AttentionLayout, LayoutError> {
         AttentionLayout::new(spans, 4, 2, 4, &[1.0, 0.5], 1.0, &Device::flex())
     }
 
@@ -287,9 +280,11 @@ mod tests {
     #[test]
     fn a_response_goes_on_where_its_prefix_ends() {
         let layout = layout(&[span(0, 2, 0, 0), span(2, 1, 0, 2), span(3, 1, 0, 2)]).unwrap();
-        let plan = layout.plan();
-        assert_eq!(plan.cos[4..6], plan.cos[6..8]);
-        assert_eq!(plan.cos[4], (2.0f64).cos() as f32);
-        assert_eq!(plan.sin[5], (1.0f64).sin() as f32);
+        let cos: Vec<f32> = layout.dense().cos.clone().try_into_vec_as().unwrap();
+        assert_eq!(cos[4..6], cos[6..8]);
+        assert_eq!(cos[4], 2.0f64.cos() as f32);
+        let mut x = vec![1.0; 4 * 4];
+        layout.plan().rope.apply(&mut x, 1);
+        assert_eq!(x[8..12], x[12..16]);
     }
 }

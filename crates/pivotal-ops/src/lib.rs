@@ -11,13 +11,14 @@
 //!
 //! On Burn's processor backend (Flex, `f32`) each runs the kernels of `pivotal-kernels` and has a gradient written by
 //! hand. Everywhere else the same function is composed of Burn's own operations ([`portable`]) and Burn derives the
-//! gradient. A parent that does not require a gradient gets none computed.
+//! gradient. A parent that does not require a gradient gets none computed and keeps nothing alive for the others' sake.
 
 mod attention_layout;
+mod extension;
+mod flex;
 mod fused;
 pub mod portable;
-mod precision;
 
-pub use attention_layout::{AttentionLayout, AttentionSpan, LayoutError};
+pub use attention_layout::{AttentionLayout, LayoutError};
 pub use fused::{linear, lora_linear, rms_norm, rope_attention, swiglu, token_logps};
-pub use precision::Precision;
+pub use pivotal_kernels::{Precision, Span as AttentionSpan};

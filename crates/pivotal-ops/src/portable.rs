@@ -49,13 +49,12 @@ pub fn rope_attention(
     v: Tensor<2>,
     layout: &AttentionLayout,
 ) -> Tensor<2> {
-    let plan = layout.plan();
-    let dense = plan.dense();
+    let dense = layout.dense();
     let dtype = q.dtype();
     let cos = dense.cos.clone().cast(dtype);
     let sin = dense.sin.clone().cast(dtype);
-    let (tokens, heads, kv_heads, head_dim) =
-        (plan.tokens, plan.heads, plan.kv_heads, plan.head_dim);
+    let (tokens, head_dim) = (layout.tokens(), layout.head_dim());
+    let (heads, kv_heads) = (layout.heads(), layout.kv_heads());
     let group = heads / kv_heads;
     let (cos, sin) = if q.is_autodiff() {
         (cos.autodiff(), sin.autodiff())

@@ -1,0 +1,156 @@
+//! The operations as a Burn backend extension: Flex, and Flex under autodiff.
+
+use std::sync::Arc;
+
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Autodiff, Backend, Flex, backend_extension};
+use pivotal_kernels::Precision;
+
+use crate::attention_layout::LayoutPlan;
+use crate::flex;
+
+/// Only Flex is listed: every other backend takes the bodies of [`crate::portable`] before it comes here.
+#[backend_extension(Autodiff, Flex)]
+pub(crate) trait FusedOps: Backend {
+    fn fused_linear(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self>;
+
+    fn fused_lora_linear(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        scale: f32,
+        precision: Precision,
+    ) -> FloatTensor<Self>;
+
+    fn fused_rms_norm(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        eps: f32,
+    ) -> FloatTensor<Self>;
+
+    fn fused_rope_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        plan: Arc<LayoutPlan>,
+    ) -> FloatTensor<Self>;
+
+    fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    fn fused_token_logps(
+        hidden: FloatTensor<Self>,
+        head: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self>;
+}
+
+impl FusedOps for Flex {
+    fn fused_linear(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        flex::linear::forward(&flex::contiguous(x), &flex::contiguous(weight), precision)
+    }
+
+    fn fused_lora_linear(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        scale: f32,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        let inputs = [x, weight, a, b].map(flex::contiguous);
+        flex::lora_linear::forward(&inputs, scale, precision).0
+    }
+
+    fn fused_rms_norm(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        eps: f32,
+    ) -> FloatTensor<Self> {
+        flex::rms_norm::forward(&flex::contiguous(x), &flex::contiguous(weight), eps).0
+    }
+
+    fn fused_rope_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        plan: Arc<LayoutPlan>,
+    ) -> FloatTensor<Self> {
+        flex::rope_attention::forward(q, k, v, plan).0
+    }
+
+    fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+        flex::swiglu::forward(&flex::contiguous(gate), &flex::contiguous(up))
+    }
+
+    fn fused_token_logps(
+        hidden: FloatTensor<Self>,
+        head: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        let (hidden, head) = (flex::contiguous(hidden), flex::contiguous(head));
+        flex::token_logps::forward(&hidden, &head, &flex::token_ids(&targets), precision).0
+    }
+}
+
+impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
+    fn fused_linear(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        flex::linear::tracked::<C>(x, weight, precision)
+    }
+
+    fn fused_lora_linear(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        scale: f32,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        flex::lora_linear::tracked::<C>([x, weight, a, b], scale, precision)
+    }
+
+    fn fused_rms_norm(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        eps: f32,
+    ) -> FloatTensor<Self> {
+        flex::rms_norm::tracked::<C>(x, weight, eps)
+    }
+
+    fn fused_rope_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        plan: Arc<LayoutPlan>,
+    ) -> FloatTensor<Self> {
+        flex::rope_attention::tracked::<C>(q, k, v, plan)
+    }
+
+    fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+        flex::swiglu::tracked::<C>(gate, up)
+    }
+
+    fn fused_token_logps(
+        hidden: FloatTensor<Self>,
+        head: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        flex::token_logps::tracked::<C>(hidden, head, &targets, precision)
+    }
+}

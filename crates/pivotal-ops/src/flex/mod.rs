@@ -1,0 +1,88 @@
+//! The fused bodies on Flex: slices of its tensors handed to the kernels, and one backward step an operation.
+//!
+//! A backward step keeps only what a tracked parent will need, so a frozen parent costs neither time nor memory.
+
+pub(crate) mod linear;
+pub(crate) mod lora_linear;
+pub(crate) mod rms_norm;
+pub(crate) mod rope_attention;
+pub(crate) mod swiglu;
+pub(crate) mod token_logps;
+
+use burn::backend::flex::{FlexTensor, Layout};
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, Flex, TensorMetadata};
+use burn::tensor::{Bytes, DType, Shape};
+
+/// A float tensor of Flex under autodiff, whatever the checkpointing strategy.
+pub(crate) type TrackedTensor = FloatTensor<Autodiff<Flex>>;
+
+/// The tensor itself, or a copy where its elements do not lie one after the other.
+pub(crate) fn contiguous(tensor: FlexTensor) -> FlexTensor {
+    match tensor.as_slice::<f32>() {
+        Some(_) => tensor,
+        None => tensor.to_contiguous(),
+    }
+}
+
+/// The elements of a tensor that went through [`contiguous`].
+pub(crate) fn floats(tensor: &FlexTensor) -> &[f32] {
+    tensor
+        .as_slice()
+        .expect("a contiguous tensor of f32: `fused` checks the type, `contiguous` the layout")
+}
+
+/// A new tensor over `values`.
+pub(crate) fn from_values(values: Vec<f32>, shape: impl Into<Shape>) -> FlexTensor {
+    FlexTensor::new(
+        Bytes::from_elems(values),
+        Layout::contiguous(shape.into()),
+        DType::F32,
+    )
+}
+
+/// Rows and columns.
+pub(crate) fn dims(tensor: &FlexTensor) -> [usize; 2] {
+    let shape = tensor.shape();
+    [shape[0], shape[1]]
+}
+
+/// Changes the elements, in place where nobody else holds the tensor.
+pub(crate) fn map_in_place(tensor: FlexTensor, change: impl FnOnce(&mut [f32])) -> FlexTensor {
+    let mut tensor = contiguous(tensor);
+    let elements = tensor.shape().num_elements();
+    if tensor.is_unique() && tensor.storage::<f32>().len() == elements {
+        change(tensor.storage_mut());
+        return tensor;
+    }
+    let mut values = floats(&tensor).to_vec();
+    change(&mut values);
+    from_values(values, tensor.shape())
+}
+
+/// Token ids of any integer type. One that is negative becomes too large for any vocabulary, which the kernel refuses.
+pub(crate) fn token_ids(targets: &FlexTensor) -> Vec<u32> {
+    let targets = targets.to_contiguous();
+    let refused = |_| u32::MAX;
+    match targets.dtype() {
+        DType::I64 => ids(&targets, |id: i64| {
+            u32::try_from(id).unwrap_or_else(refused)
+        }),
+        DType::I32 => ids(&targets, |id: i32| {
+            u32::try_from(id).unwrap_or_else(refused)
+        }),
+        DType::U64 => ids(&targets, |id: u64| {
+            u32::try_from(id).unwrap_or_else(refused)
+        }),
+        DType::U32 => ids(&targets, |id: u32| id),
+        other => panic!("`targets` is {other:?}, expected a 32- or 64-bit integer"),
+    }
+}
+
+fn ids<E: burn::tensor::Element + bytemuck::Pod>(
+    targets: &FlexTensor,
+    id: impl Fn(E) -> u32,
+) -> Vec<u32> {
+    let slice = targets.as_slice::<E>().expect("contiguous, of this type");
+    slice.iter().map(|&target| id(target)).collect()
+}
