@@ -1,1 +1,44 @@
-//! x
+//! CPU kernels over plain `f32` slices, without a tensor type.
+//!
+//! Matrix products in f32 and with bf16 operands, prepacked weights for decoding, attention over tree-packed batches,
+//! normalisation, rotary embedding, SwiGLU and vocabulary log-probabilities in tiles. Every forward kernel that carries
+//! a gradient has its hand-written backward kernel beside it.
+//!
+//! Matrices are row-major and dense. Wrong slice lengths panic with both numbers: they are a caller's bug, never data's.
+//!
+//! Threads come from rayon's current pool. No result depends on how many there are: work is cut into blocks whose size is
+//! fixed by the shapes, and every sum runs in one fixed order.
+//!
+//! What the processor offers beyond the compile-time target (AVX-512, bf16 dot products) is found at run time; the portable
+//! path is never absent.
+
+mod attention;
+mod attention_backward;
+#[cfg(target_arch = "x86_64")]
+mod bf16;
+mod cached;
+mod lanes;
+mod logps;
+mod matmul;
+mod norm;
+mod packed;
+mod parallel;
+mod plan;
+mod rope;
+mod rows;
+mod small;
+mod swiglu;
+#[cfg(test)]
+mod testing;
+
+pub use attention::{AttentionInput, attention_forward};
+pub use attention_backward::{AttentionGradients, AttentionSaved, attention_backward};
+pub use cached::{CachedContext, attend_cached};
+pub use logps::{HeadShape, TokenLogps, token_logps_backward, token_logps_forward};
+pub use matmul::{Precision, ProductShape, Store, bf16_available, matmul_nn, matmul_nt, matmul_tn};
+pub use norm::{RmsNormGradients, rms_norm_backward, rms_norm_forward};
+pub use packed::PackedWeight;
+pub use plan::{AttentionPlan, AttentionShape, Span};
+pub use rope::RopeTable;
+pub use rows::{argmax, log_sum_exp};
+pub use swiglu::{swiglu_backward, swiglu_forward};

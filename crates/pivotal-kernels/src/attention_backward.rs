@@ -1,0 +1,479 @@
+//! The gradient of tree-packed attention, with the probabilities computed again from the kept log-sum-exp.
+//!
+//! ```text
+//! P = exp(s - lse),  D_i = dout_i·out_i,  dS = P·(dout vᵀ - D)
+//! dv = Pᵀ dout,  dq = dS k/√d,  dk = dSᵀ q/√d
+//! ```
+
+use gemm::Parallelism;
+
+use crate::attention::{AttentionInput, Rows};
+use crate::lanes::{dot, exp};
+use crate::matmul::{ProductShape, Store, f32_product};
+use crate::parallel::{SharedOut, check_len, for_each_block, with_scratch};
+use crate::plan::{AttentionPlan, Family};
+
+/// What the forward pass returned.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionSaved<'a> {
+    /// `[tokens, heads * head_dim]`
+    pub out: &'a [f32],
+    /// `[tokens, heads]`
+    pub lse: &'a [f32],
+}
+
+/// Where the gradients go. All three are overwritten.
+#[derive(Debug)]
+pub struct AttentionGradients<'a> {
+    /// `[tokens, heads * head_dim]`
+    pub q: &'a mut [f32],
+    /// `[tokens, kv_heads * head_dim]`; a shared prompt's is the sum over its responses, in their order.
+    pub k: &'a mut [f32],
+    /// `[tokens, kv_heads * head_dim]`
+    pub v: &'a mut [f32],
+}
+
+/// The gradient of [`attention_forward`](crate::attention_forward) with respect to queries, keys and values.
+///
+/// # Shapes
+/// `dout` is `[tokens, heads * head_dim]`.
+///
+/// # Panics
+/// If a slice's length does not fit the plan.
+pub fn attention_backward(
+    plan: &AttentionPlan,
+    input: AttentionInput<'_>,
+    saved: AttentionSaved<'_>,
+    dout: &[f32],
+    gradients: AttentionGradients<'_>,
+) {
+    let shape = plan.shape();
+    let (queries, keys) = (
+        plan.tokens() * shape.query_width(),
+        plan.tokens() * shape.key_width(),
+    );
+    input.check(plan);
+    check_len("saved.out", saved.out, queries);
+    check_len("saved.lse", saved.lse, plan.tokens() * shape.heads);
+    check_len("dout", dout, queries);
+    check_len("gradients.q", gradients.q, queries);
+    check_len("gradients.k", gradients.k, keys);
+    check_len("gradients.v", gradients.v, keys);
+    gradients.q.fill(0.0);
+    gradients.k.fill(0.0);
+    gradients.v.fill(0.0);
+    let pass = Backward {
+        plan,
+        input,
+        saved,
+        dout,
+        dq: SharedOut::new(gradients.q),
+        dk: SharedOut::new(gradients.k),
+        dv: SharedOut::new(gradients.v),
+    };
+    for_each_block(
+        plan.families.len() * shape.kv_heads,
+        1,
+        5 * plan.work,
+        |tasks| {
+            for task in tasks {
+                pass.family(&plan.families[task / shape.kv_heads], task % shape.kv_heads);
+            }
+        },
+    );
+}
+
+struct Backward<'a> {
+    plan: &'a AttentionPlan,
+    input: AttentionInput<'a>,
+    saved: AttentionSaved<'a>,
+    dout: &'a [f32],
+    dq: SharedOut,
+    dk: SharedOut,
+    dv: SharedOut,
+}
+
+impl Backward<'_> {
+    /// One key head of the spans that share keys: the task that owns their key and value gradients.
+    fn family(&self, family: &Family, head: usize) {
+        let shape = self.plan.shape();
+        let (dim, width) = (shape.head_dim, shape.key_width());
+        let extent = family.extent();
+        with_scratch(2 * extent.len() * dim, |sums| {
+            sums.fill(0.0);
+            let (dk, dv) = sums.split_at_mut(extent.len() * dim);
+            for &block in &family.blocks {
+                self.block(&Rows { shape, block, head }, extent.start, dk, dv);
+            }
+            for token in family.tokens.iter().cloned().flatten() {
+                let from = (token - extent.start) * dim;
+                let to = token * width + head * dim;
+                // SAFETY: no other task has this head of this token: families share no token.
+                unsafe {
+                    self.dk
+                        .slice(to, dim)
+                        .copy_from_slice(&dk[from..from + dim]);
+                    self.dv
+                        .slice(to, dim)
+                        .copy_from_slice(&dv[from..from + dim]);
+                }
+            }
+        });
+    }
+
+    /// Adds one block's part to `dk` and `dv`, `[tokens from first_token on, head_dim]`, and writes its part of `dq`.
+    fn block(&self, rows: &Rows, first_token: usize, dk: &mut [f32], dv: &mut [f32]) {
+        let shape = rows.shape;
+        let (count, stride, dim) = (rows.count(), rows.stride(), shape.head_dim);
+        with_scratch(count * (2 * dim + 2 * stride), |scratch| {
+            let (queries, scratch) = scratch.split_at_mut(count * dim);
+            let (dout, scratch) = scratch.split_at_mut(count * dim);
+            let (weights, slopes) = scratch.split_at_mut(count * stride);
+            rows.gather(self.input.q, shape.scale(), queries);
+            rows.gather(self.dout, 1.0, dout);
+            rows.times_keys(queries, self.input.k, weights);
+            rows.times_keys(dout, self.input.v, slopes);
+            for row in 0..count {
+                let (query, member) = (row / shape.group(), row % shape.group());
+                let at = rows.place(query).0 + member * dim;
+                let mean = dot(&self.saved.out[at..at + dim], &dout[row * dim..][..dim]);
+                let lse = self.saved.lse[rows.row_place(row)];
+                let visible = rows.visible(row);
+                let weights = &mut weights[row * stride..][..stride];
+                let slopes = &mut slopes[row * stride..][..stride];
+                for (weight, slope) in weights[..visible].iter_mut().zip(&mut slopes[..visible]) {
+                    *weight = exp(*weight - lse);
+                    *slope = *weight * (*slope - mean);
+                }
+                weights[visible..].fill(0.0);
+                slopes[visible..].fill(0.0);
+            }
+            add_transposed(rows, weights, dout, first_token, dv);
+            add_transposed(rows, slopes, queries, first_token, dk);
+            let dq = dout;
+            rows.times_values(slopes, self.input.k, dq);
+            for query in 0..rows.block.rows {
+                let (at, width) = rows.place(query);
+                // SAFETY: this task alone has these heads of these tokens.
+                let to = unsafe { self.dq.slice(at, width) };
+                for (to, from) in to.iter_mut().zip(&dq[query * width..]) {
+                    *to = from * shape.scale();
+                }
+            }
+        });
+    }
+}
+
+/// `sums += weightsᵀ · rows` for the keys of the block.
+fn add_transposed(
+    rows: &Rows,
+    weights: &[f32],
+    values: &[f32],
+    first_token: usize,
+    sums: &mut [f32],
+) {
+    let dim = rows.shape.head_dim;
+    for (token, len, at) in rows.block.segments() {
+        if len > 0 {
+            let shape = ProductShape {
+                m: len,
+                n: dim,
+                k: rows.count(),
+            };
+            let (weights, strides) = (&weights[at..], (1, rows.stride()));
+            let sums = &mut sums[(token - first_token) * dim..];
+            f32_product(
+                weights,
+                strides,
+                values,
+                (dim, 1),
+                sums,
+                dim,
+                shape,
+                Store::Add,
+                Parallelism::None,
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::attention_forward;
+    use crate::plan::{AttentionShape, Span};
+    use crate::testing::{assert_close, on_threads, random, widen};
+
+    // f32 softmax over up to 200 keys.
+    const VALUE_TOLERANCE: f64 = 2e-6;
+    const GRADIENT_TOLERANCE: f64 = 1e-5;
+
+    struct Naive {
+        out: Vec<f64>,
+        lse: Vec<f64>,
+        dq: Vec<f64>,
+        dk: Vec<f64>,
+        dv: Vec<f64>,
+    }
+
+    /// The formula token by token and head by head, in f64.
+    fn naive(spans: &[Span], tokens: usize, shape: AttentionShape, input: [&[f64]; 4]) -> Naive {
+        let [q, k, v, dout] = input;
+        let AttentionShape {
+            heads,
+            kv_heads,
+            head_dim,
+        } = shape;
+        let (query_width, key_width) = (heads * head_dim, kv_heads * head_dim);
+        let scale = 1.0 / (head_dim as f64).sqrt();
+        let mut result = Naive {
+            out: vec![0.0; tokens * query_width],
+            lse: vec![f64::NEG_INFINITY; tokens * heads],
+            dq: vec![0.0; tokens * query_width],
+            dk: vec![0.0; tokens * key_width],
+            dv: vec![0.0; tokens * key_width],
+        };
+        for span in spans {
+            for index in 0..span.len {
+                let token = span.start + index;
+                let prefix = span.prefix_start..span.prefix_start + span.prefix_len;
+                let keys: Vec<usize> = prefix.chain(span.start..=token).collect();
+                for head in 0..heads {
+                    let at = token * query_width + head * head_dim;
+                    let key_at =
+                        |key: usize| key * key_width + head / (heads / kv_heads) * head_dim;
+                    let inner = |a: &[f64], a_at: usize, b: &[f64], b_at: usize| -> f64 {
+                        (0..head_dim).map(|i| a[a_at + i] * b[b_at + i]).sum()
+                    };
+                    let scores: Vec<f64> = keys
+                        .iter()
+                        .map(|&key| inner(q, at, k, key_at(key)) * scale)
+                        .collect();
+                    let lse = scores.iter().map(|s| s.exp()).sum::<f64>().ln();
+                    let weights: Vec<f64> = scores.iter().map(|s| (s - lse).exp()).collect();
+                    result.lse[token * heads + head] = lse;
+                    let slopes: Vec<f64> = keys
+                        .iter()
+                        .map(|&key| inner(dout, at, v, key_at(key)))
+                        .collect();
+                    let mean: f64 = weights.iter().zip(&slopes).map(|(w, s)| w * s).sum();
+                    for ((&key, weight), slope) in keys.iter().zip(&weights).zip(&slopes) {
+                        let slope = weight * (slope - mean) * scale;
+                        for i in 0..head_dim {
+                            result.out[at + i] += weight * v[key_at(key) + i];
+                            result.dv[key_at(key) + i] += weight * dout[at + i];
+                            result.dq[at + i] += slope * k[key_at(key) + i];
+                            result.dk[key_at(key) + i] += slope * q[at + i];
+                        }
+                    }
+                }
+            }
+        }
+        result
+    }
+
+    struct Case {
+        out: Vec<f32>,
+        lse: Vec<f32>,
+        dq: Vec<f32>,
+        dk: Vec<f32>,
+        dv: Vec<f32>,
+    }
+
+    fn inputs(tokens: usize, shape: AttentionShape) -> [Vec<f32>; 4] {
+        let (queries, keys) = (tokens * shape.query_width(), tokens * shape.key_width());
+        let q = random(queries, 1).iter().map(|x| x * 4.0).collect();
+        [q, random(keys, 2), random(keys, 3), random(queries, 4)]
+    }
+
+    fn run(spans: &[Span], tokens: usize, shape: AttentionShape) -> Case {
+        let [q, k, v, dout] = inputs(tokens, shape);
+        let plan = AttentionPlan::new(spans, tokens, shape);
+        let input = AttentionInput {
+            q: &q,
+            k: &k,
+            v: &v,
+        };
+        let mut case = Case {
+            out: vec![f32::NAN; q.len()],
+            lse: vec![f32::NAN; tokens * shape.heads],
+            dq: vec![f32::NAN; q.len()],
+            dk: vec![f32::NAN; k.len()],
+            dv: vec![f32::NAN; k.len()],
+        };
+        attention_forward(&plan, input, &mut case.out, &mut case.lse);
+        let gradients = AttentionGradients {
+            q: &mut case.dq,
+            k: &mut case.dk,
+            v: &mut case.dv,
+        };
+        let saved = AttentionSaved {
+            out: &case.out,
+            lse: &case.lse,
+        };
+        attention_backward(&plan, input, saved, &dout, gradients);
+        case
+    }
+
+    fn compare(spans: &[Span], tokens: usize, shape: AttentionShape) {
+        let got = run(spans, tokens, shape);
+        let wide = inputs(tokens, shape).map(|x| widen(&x));
+        let expected = naive(
+            spans,
+            tokens,
+            shape,
+            [&wide[0], &wide[1], &wide[2], &wide[3]],
+        );
+        for (got, expected) in got.lse.iter().zip(&expected.lse) {
+            let same = f64::from(*got) == *expected;
+            assert!(
+                same || (f64::from(*got) - expected).abs() < 1e-5,
+                "lse {got} {expected}"
+            );
+        }
+        let what = format!("{shape:?} {spans:?}");
+        assert_close(
+            &format!("out of {what}"),
+            &got.out,
+            &expected.out,
+            VALUE_TOLERANCE,
+        );
+        assert_close(
+            &format!("dq of {what}"),
+            &got.dq,
+            &expected.dq,
+            GRADIENT_TOLERANCE,
+        );
+        assert_close(
+            &format!("dk of {what}"),
+            &got.dk,
+            &expected.dk,
+            GRADIENT_TOLERANCE,
+        );
+        assert_close(
+            &format!("dv of {what}"),
+            &got.dv,
+            &expected.dv,
+            GRADIENT_TOLERANCE,
+        );
+    }
+
+    fn span(start: usize, len: usize, prefix_start: usize, prefix_len: usize) -> Span {
+        Span {
+            start,
+            len,
+            prefix_start,
+            prefix_len,
+        }
+    }
+
+    fn shapes() -> [AttentionShape; 5] {
+        [(1, 1, 3), (1, 1, 64), (2, 2, 8), (6, 2, 16), (16, 2, 4)].map(
+            |(heads, kv_heads, head_dim)| AttentionShape {
+                heads,
+                kv_heads,
+                head_dim,
+            },
+        )
+    }
+
+    #[test]
+    fn single_spans_agree_with_f64() {
+        for shape in shapes() {
+            for len in [0, 1, 2, 63, 64, 65, 130] {
+                compare(&[span(0, len, 0, 0)], len, shape);
+            }
+        }
+    }
+
+    #[test]
+    fn trees_agree_with_f64() {
+        for shape in shapes() {
+            // A prompt of 65 with three responses, one of them empty and one of a single token; a prompt alone; a gap; a
+            // response to part of a prompt.
+            let spans = [
+                span(0, 65, 0, 0),
+                span(65, 63, 0, 65),
+                span(128, 0, 0, 65),
+                span(128, 1, 0, 65),
+                span(129, 7, 0, 0),
+                span(140, 33, 129, 5),
+            ];
+            compare(&spans, 175, shape);
+        }
+        compare(&[], 3, shapes()[0]);
+        compare(&[], 0, shapes()[0]);
+    }
+
+    #[test]
+    fn sharing_a_prompt_is_repeating_it() {
+        let shape = AttentionShape {
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 8,
+        };
+        let [mut q, mut k, mut v, mut dout] = inputs(30, shape);
+        // Tokens 0..10 are the prompt, 10..15 and 15..20 its responses; then 20..30 repeats the prompt for the second.
+        for (x, width) in [(&mut q, 32), (&mut k, 16), (&mut v, 16)] {
+            x.copy_within(0..10 * width, 20 * width);
+        }
+        dout[20 * 32..].fill(0.0);
+        let outcome = |second_prefix: usize| {
+            let spans = [
+                span(0, 10, 0, 0),
+                span(10, 5, 0, 10),
+                span(15, 5, second_prefix, 10),
+                span(20, 10, 0, 0),
+            ];
+            let plan = AttentionPlan::new(&spans, 30, shape);
+            let input = AttentionInput {
+                q: &q,
+                k: &k,
+                v: &v,
+            };
+            let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; 120]);
+            attention_forward(&plan, input, &mut out, &mut lse);
+            let (mut dq, mut dk, mut dv) =
+                (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; k.len()]);
+            let gradients = AttentionGradients {
+                q: &mut dq,
+                k: &mut dk,
+                v: &mut dv,
+            };
+            let saved = AttentionSaved {
+                out: &out,
+                lse: &lse,
+            };
+            attention_backward(&plan, input, saved, &dout, gradients);
+            (out, dk)
+        };
+        let ((shared, shared_dk), (apart, apart_dk)) = (outcome(0), outcome(20));
+        assert_eq!(shared, apart);
+        let summed: Vec<f64> = (0..160)
+            .map(|i| f64::from(apart_dk[i] + apart_dk[320 + i]))
+            .collect();
+        assert_close("dk of the prompt", &shared_dk[..160], &summed, 1e-6);
+    }
+
+    #[test]
+    fn threads_change_no_bit() {
+        let shape = AttentionShape {
+            heads: 6,
+            kv_heads: 2,
+            head_dim: 32,
+        };
+        let spans = [
+            span(0, 90, 0, 0),
+            span(90, 60, 0, 90),
+            span(150, 50, 0, 90),
+            span(200, 70, 0, 0),
+        ];
+        let flat = || {
+            let case = run(&spans, 270, shape);
+            [case.out, case.lse, case.dq, case.dk, case.dv]
+        };
+        let one = on_threads(1, flat);
+        assert_eq!(one, on_threads(2, flat));
+        assert_eq!(one, on_threads(3, flat));
+    }
+}

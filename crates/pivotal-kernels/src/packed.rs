@@ -1,0 +1,221 @@
+//! A weight packed once for many products with few rows: decoding with a key-value cache.
+
+use crate::matmul::{Precision, ProductShape, Store, bf16_available};
+use crate::parallel::check_len;
+use crate::small;
+
+/// A linear layer's weight `[outputs, inputs]`, laid out for [`PackedWeight::forward`].
+///
+/// At one row a product reads the weight once and is bound by memory: bf16 halves the time.
+///
+/// # Examples
+/// ```
+/// use pivotal_kernels::{PackedWeight, Precision};
+/// let weight = PackedWeight::new(&[3.0, 4.0, 5.0, 6.0], 2, 2, Precision::Bf16);
+/// let mut y = [0.0; 2];
+/// weight.forward(&[1.0, 2.0], 1, &mut y);
+/// assert_eq!(y, [11.0, 17.0]);
+/// ```
+#[derive(Clone, Debug)]
+pub struct PackedWeight {
+    outputs: usize,
+    inputs: usize,
+    values: Values,
+}
+
+#[derive(Clone, Debug)]
+enum Values {
+    /// Row-major, as it came.
+    F32(Vec<f32>),
+    /// Panels of 48 outputs; a word, carried as an f32, is a pair of bf16.
+    #[cfg(target_arch = "x86_64")]
+    Bf16(crate::parallel::AlignedFloats),
+}
+
+impl PackedWeight {
+    /// Packs `weight`, `[outputs, inputs]`.
+    ///
+    /// [`Precision::Bf16`] rounds it to bf16 where the processor can multiply that, and keeps f32 elsewhere.
+    ///
+    /// # Panics
+    /// If `weight` does not have `outputs * inputs` elements.
+    #[must_use]
+    pub fn new(weight: &[f32], outputs: usize, inputs: usize, precision: Precision) -> Self {
+        check_len("weight", weight, outputs * inputs);
+        let values = match precision {
+            #[cfg(target_arch = "x86_64")]
+            Precision::Bf16 if bf16_available() => {
+                use crate::bf16::{COLUMNS, Source, pack, packed_words};
+                let source = Source {
+                    values: weight,
+                    line_stride: inputs,
+                    k_stride: 1,
+                    lines: outputs,
+                    k: inputs,
+                };
+                let mut words = crate::parallel::AlignedFloats::zeroed(packed_words::<COLUMNS>(
+                    outputs, inputs,
+                ));
+                pack::<COLUMNS>(source, words.as_mut_slice());
+                Values::Bf16(words)
+            }
+            _ => Values::F32(weight.to_vec()),
+        };
+        Self {
+            outputs,
+            inputs,
+            values,
+        }
+    }
+
+    /// Length of an output row.
+    #[must_use]
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// Length of an input row.
+    #[must_use]
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    /// What the weight was really rounded to: never `Bf16` where [`bf16_available`] is false.
+    #[must_use]
+    pub fn precision(&self) -> Precision {
+        match self.values {
+            Values::F32(_) => Precision::F32,
+            #[cfg(target_arch = "x86_64")]
+            Values::Bf16(_) => Precision::Bf16,
+        }
+    }
+
+    /// `out = x Wᵀ`. A row's result is the same bit for bit whatever the other rows and their number.
+    ///
+    /// # Shapes
+    /// `x` is `[rows, inputs]`, `out` is `[rows, outputs]`. Meant for 1 to 64 rows, right for any.
+    ///
+    /// # Panics
+    /// If a slice has another length.
+    pub fn forward(&self, x: &[f32], rows: usize, out: &mut [f32]) {
+        check_len("x", x, rows * self.inputs);
+        check_len("out", out, rows * self.outputs);
+        let shape = ProductShape {
+            m: rows,
+            n: self.outputs,
+            k: self.inputs,
+        };
+        match &self.values {
+            Values::F32(weight) => small::few_rows_nt(x, weight, out, shape, Store::Replace),
+            #[cfg(target_arch = "x86_64")]
+            Values::Bf16(words) => {
+                use crate::bf16::{ROWS, Source, multiply_packed, pack, packed_words};
+                let k = self.inputs;
+                let source = Source {
+                    values: x,
+                    line_stride: k,
+                    k_stride: 1,
+                    lines: rows,
+                    k,
+                };
+                crate::parallel::with_scratch(packed_words::<ROWS>(rows, k), |left| {
+                    pack::<ROWS>(source, left);
+                    let words = words.as_slice();
+                    multiply_packed(left, words, out, (self.outputs, 0), shape, Store::Replace);
+                });
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::matmul::matmul_nt;
+    use crate::testing::{assert_close, naive_product, on_threads, random};
+
+    // f32 sums of up to 1500 terms; bf16 as in matmul's tests.
+    const F32_TOLERANCE: f64 = 5e-5;
+    const BF16_TOLERANCE: f64 = 1.0 / 128.0;
+
+    #[test]
+    fn agrees_with_f64_over_odd_shapes() {
+        for (outputs, inputs) in [(1, 1), (47, 33), (48, 64), (65, 1500), (200, 7), (3, 0)] {
+            let weight = random(outputs * inputs, 1);
+            for rows in [0, 1, 3, 8, 9, 63, 64, 65] {
+                let x = random(rows * inputs, 2);
+                let shape = ProductShape {
+                    m: rows,
+                    n: outputs,
+                    k: inputs,
+                };
+                let expected = naive_product(
+                    &x,
+                    (inputs, 1),
+                    &weight,
+                    (1, inputs),
+                    &[],
+                    shape,
+                    Store::Replace,
+                );
+                for (precision, tolerance) in [
+                    (Precision::F32, F32_TOLERANCE),
+                    (Precision::Bf16, BF16_TOLERANCE),
+                ] {
+                    let packed = PackedWeight::new(&weight, outputs, inputs, precision);
+                    let mut out = vec![f32::NAN; rows * outputs];
+                    packed.forward(&x, rows, &mut out);
+                    assert_close(
+                        &format!("{precision:?} {shape:?}"),
+                        &out,
+                        &expected,
+                        tolerance,
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_does_not_depend_on_its_neighbours_or_the_threads() {
+        let (rows, outputs, inputs) = (21, 700, 1111);
+        let (weight, x) = (random(outputs * inputs, 1), random(rows * inputs, 2));
+        for precision in [Precision::F32, Precision::Bf16] {
+            let packed = PackedWeight::new(&weight, outputs, inputs, precision);
+            let run = |x: &[f32]| {
+                let mut out = vec![0.0; x.len() / inputs * outputs];
+                packed.forward(x, x.len() / inputs, &mut out);
+                out
+            };
+            let all = on_threads(1, || run(&x));
+            assert_eq!(all, on_threads(2, || run(&x)));
+            for (row, expected) in x.chunks(inputs).zip(all.chunks(outputs)) {
+                assert_eq!(run(row), expected);
+            }
+        }
+    }
+
+    #[test]
+    fn bf16_is_the_unpacked_product_bit_for_bit() {
+        let (rows, outputs, inputs) = (5, 90, 1300);
+        let (weight, x) = (random(outputs * inputs, 1), random(rows * inputs, 2));
+        let packed = PackedWeight::new(&weight, outputs, inputs, Precision::Bf16);
+        assert_eq!(packed.precision() == Precision::Bf16, bf16_available());
+        let (mut fast, mut plain) = (vec![0.0; rows * outputs], vec![0.0; rows * outputs]);
+        packed.forward(&x, rows, &mut fast);
+        let shape = ProductShape {
+            m: rows,
+            n: outputs,
+            k: inputs,
+        };
+        matmul_nt(
+            &x,
+            &weight,
+            &mut plain,
+            shape,
+            Store::Replace,
+            Precision::Bf16,
+        );
+        assert_eq!(fast, plain);
+    }
+}

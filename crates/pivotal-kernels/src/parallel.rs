@@ -1,0 +1,197 @@
+//! Cutting work into blocks for rayon's current pool.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+/// Scalar operations below which handing work to another thread costs more than it saves (a rayon join is a few
+/// microseconds; a core does about 10 such operations a nanosecond).
+pub(crate) const SERIAL_WORK: usize = 1 << 15;
+
+/// Runs `body` over `0..count` in blocks of `block`, in parallel when `work` (about the number of multiply-adds) is worth it.
+/// The blocks are the same either way.
+pub(crate) fn for_each_block(
+    count: usize,
+    block: usize,
+    work: usize,
+    body: impl Fn(Range<usize>) + Sync + Send,
+) {
+    let block = block.max(1);
+    let blocks = count.div_ceil(block);
+    let range = |index: usize| index * block..(index * block + block).min(count);
+    if blocks <= 1 || work < SERIAL_WORK {
+        (0..blocks).for_each(|index| body(range(index)));
+    } else {
+        (0..blocks)
+            .into_par_iter()
+            .for_each(|index| body(range(index)));
+    }
+}
+
+/// Rows a block should hold so that one block of rows of `width` is worth a task of its own.
+pub(crate) fn rows_per_block(width: usize) -> usize {
+    (8192 / width.max(1)).max(1)
+}
+
+/// A pointer into an output that several tasks write at disjoint places.
+#[derive(Clone, Copy)]
+pub(crate) struct SharedOut(*mut f32);
+
+// SAFETY: the pointer comes from a `&mut [f32]` that outlives the parallel call, and every user writes disjoint elements.
+unsafe impl Send for SharedOut {}
+// SAFETY: as above; sharing the wrapper only copies the address.
+unsafe impl Sync for SharedOut {}
+
+impl SharedOut {
+    pub(crate) fn new(out: &mut [f32]) -> Self {
+        Self(out.as_mut_ptr())
+    }
+
+    /// The address of element `index`.
+    ///
+    /// # Safety
+    /// `index` must lie inside the slice this was made from.
+    pub(crate) unsafe fn at(self, index: usize) -> *mut f32 {
+        // SAFETY: the caller keeps `index` inside the allocation.
+        unsafe { self.0.add(index) }
+    }
+
+    /// `len` elements from `index` on.
+    ///
+    /// # Safety
+    /// The range must lie inside the slice this was made from, and no other task may touch it meanwhile.
+    pub(crate) unsafe fn slice<'a>(self, index: usize, len: usize) -> &'a mut [f32] {
+        // SAFETY: in bounds and unaliased by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(index), len) }
+    }
+}
+
+/// A cache line: vector loads from memory aligned to it never straddle two.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+/// Floats aligned to a cache line.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct AlignedFloats {
+    lines: Vec<Line>,
+    len: usize,
+}
+
+impl AlignedFloats {
+    /// `len` zeros.
+    pub(crate) fn zeroed(len: usize) -> Self {
+        Self {
+            lines: vec![Line([0.0; 16]); len.div_ceil(16)],
+            len,
+        }
+    }
+
+    pub(crate) fn as_slice(&self) -> &[f32] {
+        // SAFETY: a `Line` is 16 floats without padding, and there are enough lines for `len` floats.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
+    }
+
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [f32] {
+        // SAFETY: as above, borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
+    }
+}
+
+/// Floats a thread keeps for its next call: fresh pages are dear, the first touch costs as much as the arithmetic.
+const KEPT_SCRATCH: usize = 16 << 20;
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<AlignedFloats>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Lends `body` a buffer of `len` floats of unspecified content, kept by this thread between calls.
+pub(crate) fn with_scratch<T>(len: usize, body: impl FnOnce(&mut [f32]) -> T) -> T {
+    // Taken out rather than borrowed: while `body` waits on rayon, this thread may steal a task that asks for scratch too.
+    let mut buffer = SCRATCH
+        .with(|kept| kept.borrow_mut().pop())
+        .unwrap_or_default();
+    if buffer.len < len {
+        buffer = AlignedFloats::zeroed(len);
+    }
+    let result = body(&mut buffer.as_mut_slice()[..len]);
+    if buffer.len <= KEPT_SCRATCH {
+        SCRATCH.with(|kept| {
+            let mut kept = kept.borrow_mut();
+            if kept.len() < 8 {
+                kept.push(buffer);
+            }
+        });
+    }
+    result
+}
+
+/// Panics unless `slice` has `expected` elements.
+#[track_caller]
+pub(crate) fn check_len<T>(name: &str, slice: &[T], expected: usize) {
+    assert!(
+        slice.len() == expected,
+        "`{name}` has {} elements, expected {expected}",
+        slice.len()
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    #[test]
+    fn blocks_tile_the_range_serially_and_in_parallel() {
+        for work in [0, usize::MAX] {
+            for (count, block) in [(0, 4), (1, 4), (4, 4), (5, 4), (9, 0)] {
+                let seen = Mutex::new(vec![0; count]);
+                for_each_block(count, block, work, |range| {
+                    range.for_each(|index| seen.lock().unwrap()[index] += 1);
+                });
+                assert!(seen.into_inner().unwrap().iter().all(|&times| times == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn shared_out_writes_where_it_says() {
+        let mut out = vec![0.0; 10];
+        let shared = SharedOut::new(&mut out);
+        for_each_block(10, 2, usize::MAX, |range| {
+            // SAFETY: the blocks are disjoint parts of `out`.
+            let part = unsafe { shared.slice(range.start, range.len()) };
+            part[0] = range.start as f32;
+            // SAFETY: as above.
+            unsafe { *shared.at(range.end - 1) = 1.0 };
+        });
+        assert_eq!(out, [0.0, 1.0, 2.0, 1.0, 4.0, 1.0, 6.0, 1.0, 8.0, 1.0]);
+    }
+
+    #[test]
+    fn aligned_floats_are_floats_and_aligned() {
+        for len in [0, 1, 16, 17] {
+            let mut floats = AlignedFloats::zeroed(len);
+            assert_eq!(floats.as_slice(), vec![0.0; len]);
+            floats.as_mut_slice().fill(2.0);
+            assert_eq!(floats.clone().as_slice(), vec![2.0; len]);
+            assert_eq!(floats.as_slice().as_ptr().addr() % 64, 0);
+        }
+    }
+
+    #[test]
+    fn nested_scratch_is_two_buffers() {
+        with_scratch(3, |outer| {
+            outer.fill(1.0);
+            with_scratch(3, |inner| inner.fill(2.0));
+            assert_eq!(outer, [1.0; 3]);
+        });
+    }
+
+    #[test]
+    #[should_panic(expected = "`weight` has 2 elements, expected 3")]
+    fn a_wrong_length_is_named() {
+        check_len("weight", &[0.0; 2], 3);
+    }
+}

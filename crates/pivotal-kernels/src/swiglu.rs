@@ -1,0 +1,123 @@
+//! The gated activation `silu(gate)·up` (Shazeer 2020, arXiv:2002.05202) and its gradient.
+
+use crate::lanes::sigmoid;
+use crate::parallel::{SharedOut, check_len, for_each_block};
+
+const BLOCK: usize = 8192;
+/// An element costs about this many multiply-adds: an exponential and a division.
+const COST: usize = 16;
+
+/// `out = gate · σ(gate) · up`, element by element.
+///
+/// # Panics
+/// If the three lengths differ.
+///
+/// # Examples
+/// ```
+/// let mut out = [0.0; 2];
+/// pivotal_kernels::swiglu_forward(&[0.0, 100.0], &[5.0, 2.0], &mut out);
+/// assert_eq!(out, [0.0, 200.0]);
+/// ```
+pub fn swiglu_forward(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    check_len("up", up, gate.len());
+    check_len("out", out, gate.len());
+    let target = SharedOut::new(out);
+    for_each_block(gate.len(), BLOCK, COST * gate.len(), |block| {
+        // SAFETY: the blocks are disjoint parts of `out`.
+        let out = unsafe { target.slice(block.start, block.len()) };
+        for ((out, &gate), &up) in out.iter_mut().zip(&gate[block.clone()]).zip(&up[block]) {
+            *out = gate * sigmoid(gate) * up;
+        }
+    });
+}
+
+/// The gradient of [`swiglu_forward`]: `dgate = dout·up·σ(g)(1 + g(1 - σ(g)))`, `dup = dout·g·σ(g)`. Both are overwritten.
+///
+/// # Panics
+/// If the five lengths differ.
+pub fn swiglu_backward(gate: &[f32], up: &[f32], dout: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
+    check_len("up", up, gate.len());
+    check_len("dout", dout, gate.len());
+    check_len("dgate", dgate, gate.len());
+    check_len("dup", dup, gate.len());
+    let (dgate, dup) = (SharedOut::new(dgate), SharedOut::new(dup));
+    for_each_block(gate.len(), BLOCK, COST * gate.len(), |block| {
+        let (start, len) = (block.start, block.len());
+        // SAFETY: the blocks are disjoint parts of both gradients.
+        let (dgate, dup) = unsafe { (dgate.slice(start, len), dup.slice(start, len)) };
+        let (gate, up, dout) = (
+            &gate[start..][..len],
+            &up[start..][..len],
+            &dout[start..][..len],
+        );
+        for index in 0..len {
+            let open = sigmoid(gate[index]);
+            let silu = gate[index] * open;
+            dgate[index] = dout[index] * up[index] * (open + silu * (1.0 - open));
+            dup[index] = dout[index] * silu;
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{assert_close, on_threads, random};
+
+    // A few roundings each.
+    const TOLERANCE: f64 = 1e-6;
+
+    fn silu(gate: f64) -> f64 {
+        gate / (1.0 + (-gate).exp())
+    }
+
+    #[test]
+    fn value_and_gradients_agree_with_f64() {
+        for len in [0, 1, 63, 64, 65, 1000] {
+            let gate: Vec<f32> = random(len, 1).iter().map(|x| x * 8.0).collect();
+            let (up, dout) = (random(len, 2), random(len, 3));
+            let mut out = vec![f32::NAN; len];
+            swiglu_forward(&gate, &up, &mut out);
+            let each = |value: &dyn Fn(f64, f64, f64) -> f64| -> Vec<f64> {
+                (0..len)
+                    .map(|i| value(f64::from(gate[i]), f64::from(up[i]), f64::from(dout[i])))
+                    .collect()
+            };
+            assert_close("value", &out, &each(&|g, u, _| silu(g) * u), TOLERANCE);
+            let (mut dgate, mut dup) = (vec![f32::NAN; len], vec![f32::NAN; len]);
+            swiglu_backward(&gate, &up, &dout, &mut dgate, &mut dup);
+            assert_close("dup", &dup, &each(&|g, _, d| d * silu(g)), TOLERANCE);
+            let slope = |g: f64| (silu(g + 1e-5) - silu(g - 1e-5)) / 2e-5;
+            assert_close(
+                "dgate",
+                &dgate,
+                &each(&|g, u, d| d * u * slope(g)),
+                TOLERANCE,
+            );
+        }
+    }
+
+    #[test]
+    fn far_gates_stay_finite() {
+        let gate = [-1e30, -200.0, 0.0, 200.0, 1e30];
+        let (mut out, mut dgate, mut dup) = ([0.0; 5], [0.0; 5], [0.0; 5]);
+        swiglu_forward(&gate, &[1.0; 5], &mut out);
+        swiglu_backward(&gate, &[1.0; 5], &[1.0; 5], &mut dgate, &mut dup);
+        assert!(out.iter().chain(&dgate).chain(&dup).all(|x| x.is_finite()));
+        assert_eq!(dgate[2], 0.5);
+        assert_eq!(out[3], 200.0);
+    }
+
+    #[test]
+    fn threads_change_no_bit() {
+        let (gate, up) = (random(100_000, 1), random(100_000, 2));
+        let run = || {
+            let (mut out, mut dgate) = (vec![0.0; gate.len()], vec![0.0; gate.len()]);
+            let mut dup = dgate.clone();
+            swiglu_forward(&gate, &up, &mut out);
+            swiglu_backward(&gate, &up, &out, &mut dgate, &mut dup);
+            (out, dgate, dup)
+        };
+        assert_eq!(on_threads(1, run), on_threads(2, run));
+    }
+}

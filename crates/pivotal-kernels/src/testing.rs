@@ -1,0 +1,75 @@
+//! What the tests of several kernels share: seeded numbers, a naive product, comparison, thread pools.
+
+use crate::matmul::{ProductShape, Store};
+
+/// `len` floats in -1..1 from a small linear congruential generator.
+pub(crate) fn random(len: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed
+        .wrapping_mul(0x9E37_79B9_7F4A_7C15)
+        .wrapping_add(0x1234_5678);
+    (0..len)
+        .map(|_| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            ((state >> 40) as f32 / (1u64 << 24) as f32) * 2.0 - 1.0
+        })
+        .collect()
+}
+
+/// `out (+)= a · b` in f64; strides are (row, column) of the logical `[m, k]` and `[k, n]` operands.
+pub(crate) fn naive_product(
+    a: &[f32],
+    a_strides: (usize, usize),
+    b: &[f32],
+    b_strides: (usize, usize),
+    start: &[f32],
+    shape: ProductShape,
+    store: Store,
+) -> Vec<f64> {
+    let ProductShape { m, n, k } = shape;
+    let mut out = Vec::with_capacity(m * n);
+    for row in 0..m {
+        for column in 0..n {
+            let mut sum = if store == Store::Add {
+                f64::from(start[row * n + column])
+            } else {
+                0.0
+            };
+            for p in 0..k {
+                sum += f64::from(a[row * a_strides.0 + p * a_strides.1])
+                    * f64::from(b[p * b_strides.0 + column * b_strides.1]);
+            }
+            out.push(sum);
+        }
+    }
+    out
+}
+
+/// Panics unless all elements agree within `tolerance` times the larger of 1 and the largest expected element.
+#[track_caller]
+pub(crate) fn assert_close(what: &str, got: &[f32], expected: &[f64], tolerance: f64) {
+    assert_eq!(got.len(), expected.len(), "{what}: lengths differ");
+    let scale = expected.iter().fold(1.0f64, |scale, x| scale.max(x.abs()));
+    for (index, (&got, &expected)) in got.iter().zip(expected).enumerate() {
+        let error = (f64::from(got) - expected).abs() / scale;
+        assert!(
+            error <= tolerance,
+            "{what}[{index}]: got {got}, expected {expected}, off by {error:e}"
+        );
+    }
+}
+
+/// Runs `body` in a rayon pool of its own.
+pub(crate) fn on_threads<T: Send>(threads: usize, body: impl FnOnce() -> T + Send) -> T {
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build()
+        .unwrap()
+        .install(body)
+}
+
+/// The same numbers in f64.
+pub(crate) fn widen(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|&x| f64::from(x)).collect()
+}
