@@ -54,8 +54,9 @@ pub fn sft(
     expect_len("keep", keep.len(), token_logps.dims()[0])?;
     expect_positive("denominator", denominator)?;
     let negative_logps = zero_where_dropped(token_logps.neg(), keep);
+    // Not `div_scalar`: Burn's gradient of that rounds the reciprocal to f32, also for an f64 tensor.
     Ok(SftTerms {
-        loss: negative_logps.clone().div_scalar(denominator),
+        loss: negative_logps.clone().mul_scalar(denominator.recip()),
         negative_logps: negative_logps.detach(),
     })
 }

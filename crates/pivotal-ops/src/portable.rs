@@ -76,7 +76,7 @@ pub fn rope_attention(
 
     let scores = q
         .matmul(k.transpose())
-        .div_scalar((head_dim as f64).sqrt())
+        .mul_scalar((head_dim as f64).sqrt().recip())
         .mask_fill(
             dense.hidden.clone().expand([heads, tokens, tokens]),
             f32::NEG_INFINITY,
