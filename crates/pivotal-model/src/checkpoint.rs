@@ -15,6 +15,8 @@ use serde_json::{Map, Value};
 use crate::config::DecoderConfig;
 use crate::error::{Error, Result};
 
+pub use self::safetensors::{read_tensors, tensors_to_bytes};
+
 /// A missing name is only worth listing so often; a config that announces 2^28 layers is refused after these.
 const MISSING_LIMIT: usize = 64;
 

@@ -71,6 +71,27 @@ pub(crate) fn read_all(path: &Path) -> Result<BTreeMap<String, HostTensor>> {
         .collect()
 }
 
+/// Reads every tensor of one safetensors file as `f32`: a trainer's own state, say. A `<file>.blake3` beside it is checked.
+///
+/// # Errors
+/// [`Error::File`], [`Error::Safetensors`], or [`Error::TensorType`] for a tensor that is not F32, F16 or BF16.
+pub fn read_tensors(path: &Path) -> Result<BTreeMap<String, HostTensor>> {
+    read_all(path)
+}
+
+/// The bytes of a safetensors file with these tensors as `f32`: equal tensors give equal bytes.
+///
+/// # Errors
+/// [`Error::Safetensors`] if they do not fit the format.
+pub fn tensors_to_bytes(tensors: &BTreeMap<String, HostTensor>) -> Result<Vec<u8>> {
+    serialize(tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))).map_err(|source| {
+        Error::Safetensors {
+            path: "the tensors".into(),
+            source,
+        }
+    })
+}
+
 /// The bytes of a safetensors file with these tensors, as `f32` and marked as PyTorch's.
 pub(crate) fn serialize<'a>(
     tensors: impl Iterator<Item = (&'a str, &'a HostTensor)>,

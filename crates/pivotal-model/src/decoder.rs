@@ -1,0 +1,338 @@
+//! The Llama-shaped decoder: Llama 2 and 3, Mistral, Qwen2 and what shares their layout.
+//!
+//! A layer is `x + attention(norm(x))`, then `x + mlp(norm(x))`; the embedding may serve as the head. Everything works on
+//! a tree-packed batch ([`Pack`]): no padding, a prompt stored once for all its responses, and log-probabilities taken
+//! only where they are asked for. The names of the fields spell the keys of the checkpoint.
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use pivotal_core::{Gather, Pack};
+use pivotal_ops::{AttentionLayout, AttentionSpan, Precision};
+
+use crate::checkpoint::Checkpoint;
+use crate::config::DecoderConfig;
+use crate::error::Result;
+use crate::parameter::{Parameter, Parameters, Visitor, WeightSource, off_tape, on_tape};
+use crate::projection::Projection;
+
+/// A decoder whose parameters are tensors of one device.
+///
+/// Cloning is cheap: tensors are shared until one of them is updated.
+#[derive(Clone, Debug)]
+pub struct Decoder {
+    config: DecoderConfig,
+    device: Device,
+    precision: Precision,
+    inverse_frequencies: Vec<f32>,
+    embed_tokens: Tensor<2>,
+    layers: Vec<Layer>,
+    norm: Tensor<1>,
+    lm_head: Option<Tensor<2>>,
+}
+
+#[derive(Clone, Debug)]
+struct Layer {
+    input_layernorm: Tensor<1>,
+    q_proj: Projection,
+    k_proj: Projection,
+    v_proj: Projection,
+    o_proj: Projection,
+    post_attention_layernorm: Tensor<1>,
+    gate_proj: Projection,
+    up_proj: Projection,
+    down_proj: Projection,
+}
+
+impl Decoder {
+    /// The decoder of a checkpoint, frozen: call [`Decoder::trainable`] or add an adapter to train it.
+    ///
+    /// # Errors
+    /// If a tensor is missing or has another shape than the configuration says; the error names it.
+    pub fn from_checkpoint(
+        checkpoint: &Checkpoint,
+        device: &Device,
+        precision: Precision,
+    ) -> Result<Self> {
+        let config = checkpoint.config.clone();
+        let source = WeightSource::new(checkpoint, device);
+        let layers = (0..config.layers)
+            .map(|index| Layer::from_source(&source, &config, &format!("model.layers.{index}")))
+            .collect::<Result<Vec<_>>>()?;
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let lm_head = match config.tie_word_embeddings {
+            true => None,
+            false => Some(source.tensor("lm_head.weight", [vocab, hidden])?),
+        };
+        Ok(Self {
+            inverse_frequencies: config.inverse_frequencies(),
+            embed_tokens: source.tensor("model.embed_tokens.weight", [vocab, hidden])?,
+            layers,
+            norm: source.tensor("model.norm.weight", [hidden])?,
+            lm_head,
+            config,
+            device: device.clone(),
+            precision,
+        })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// The device of the parameters.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// How matrix products round their operands.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Hidden states after the last norm, one a token.
+    ///
+    /// # Shapes
+    /// Returns `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// [`Error::TokenOutOfRange`](crate::Error::TokenOutOfRange) for an id that is not in the vocabulary,
+    /// [`Error::SequenceTooLong`](crate::Error::SequenceTooLong) for a sequence longer than the model's positions.
+    pub fn hidden(&self, pack: &Pack) -> Result<Tensor<2>> {
+        self.check(pack)?;
+        let layout = self.layout(pack);
+        let ids: Vec<i32> = pack.token_ids.iter().map(|&id| id as i32).collect();
+        let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [pack.len()]), &self.device);
+        let mut x = self.embed_tokens.clone().select(0, ids);
+        for layer in &self.layers {
+            x = layer.forward(x, &layout, self.eps(), self.precision);
+        }
+        Ok(pivotal_ops::rms_norm(x, self.norm.clone(), self.eps()))
+    }
+
+    /// Log-probabilities of the gathered tokens, in nats; the logits of the others never exist.
+    ///
+    /// # Shapes
+    /// `hidden` `[tokens, hidden]` of [`Decoder::hidden`]; returns `[gathers]`.
+    ///
+    /// # Panics
+    /// If `gathers` is empty or points outside `hidden`.
+    pub fn token_logps(&self, hidden: &Tensor<2>, gathers: &[Gather]) -> Tensor<1> {
+        let rows = self.rows(hidden, gathers.iter().map(|gather| gather.source));
+        let targets: Vec<i32> = gathers.iter().map(|gather| gather.target as i32).collect();
+        let targets = TensorData::new(targets, [gathers.len()]);
+        let targets = Tensor::<1, Int>::from_data(targets, &self.device);
+        pivotal_ops::token_logps(rows, self.head().clone(), targets, self.precision)
+    }
+
+    /// The logits of chosen tokens: for vocabularies and selections small enough to look at whole.
+    ///
+    /// # Shapes
+    /// `hidden` `[tokens, hidden]`; returns `[sources, vocab]`.
+    pub fn logits(&self, hidden: &Tensor<2>, sources: &[usize]) -> Tensor<2> {
+        let rows = self.rows(hidden, sources.iter().copied());
+        pivotal_ops::linear(rows, self.head().clone(), self.precision)
+    }
+
+    /// Rows of `hidden`, in the order asked for; one may be taken several times.
+    ///
+    /// # Shapes
+    /// `hidden` `[tokens, hidden]`; returns `[sources, hidden]`.
+    pub fn rows(
+        &self,
+        hidden: &Tensor<2>,
+        sources: impl ExactSizeIterator<Item = usize>,
+    ) -> Tensor<2> {
+        let count = sources.len();
+        let sources: Vec<i32> = sources.map(|source| source as i32).collect();
+        let sources = TensorData::new(sources, [count]);
+        hidden
+            .clone()
+            .select(0, Tensor::<1, Int>::from_data(sources, &self.device))
+    }
+
+    /// The head's weight: its own, or the embedding where they are tied. `[vocab, hidden]`.
+    pub fn head(&self) -> &Tensor<2> {
+        self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
+    }
+
+    /// The linear layers that an adapter may change, with their peft module paths (`model.layers.0.self_attn.q_proj`).
+    pub(crate) fn projections(&mut self) -> impl Iterator<Item = (String, &mut Projection)> {
+        self.layers
+            .iter_mut()
+            .enumerate()
+            .flat_map(|(index, layer)| {
+                layer
+                    .projections()
+                    .into_iter()
+                    .map(move |(name, projection)| {
+                        (format!("model.layers.{index}.{name}"), projection)
+                    })
+            })
+    }
+
+    /// The same decoder with every parameter marked as trainable.
+    #[must_use]
+    pub fn trainable(mut self) -> Self {
+        self.visit_parameters(&mut |_, parameter| parameter.map(on_tape, on_tape));
+        self
+    }
+
+    /// The same decoder off the tape: for evaluation, and as a reference that later updates do not touch.
+    #[must_use]
+    pub fn detached(&self) -> Self {
+        let mut decoder = self.clone();
+        decoder.visit_parameters(&mut |_, parameter| parameter.map(off_tape, off_tape));
+        decoder
+    }
+
+    /// The decoder without its adapter, off the tape: LoRA's reference policy.
+    #[must_use]
+    pub fn base(&self) -> Self {
+        let mut decoder = self.detached();
+        decoder
+            .projections()
+            .for_each(|(_, projection)| projection.adapter = None);
+        decoder
+    }
+
+    /// Puts the decoder's weights in `checkpoint`, an adapter merged.
+    pub fn store(&self, checkpoint: &mut Checkpoint) {
+        self.merged().visit_parameters(&mut |name, parameter| {
+            checkpoint
+                .tensors
+                .insert(name.to_owned(), parameter.to_host());
+        });
+    }
+
+    fn eps(&self) -> f32 {
+        self.config.rms_norm_eps as f32
+    }
+
+    fn check(&self, pack: &Pack) -> Result<()> {
+        self.config.check_tokens(&pack.token_ids)?;
+        self.config.check_length(
+            pack.position_ids
+                .iter()
+                .max()
+                .map_or(0, |&last| last as usize + 1),
+        )
+    }
+
+    fn layout(&self, pack: &Pack) -> AttentionLayout {
+        let spans: Vec<_> = pack
+            .spans
+            .iter()
+            .map(|span| AttentionSpan {
+                start: span.start,
+                len: span.len,
+                prefix_start: span.prefix_start,
+                prefix_len: span.prefix_len,
+            })
+            .collect();
+        let DecoderConfig {
+            heads,
+            kv_heads,
+            head_dim,
+            ..
+        } = self.config;
+        AttentionLayout::new(
+            &spans,
+            heads,
+            kv_heads,
+            head_dim,
+            &self.inverse_frequencies,
+            self.config.rope_attention_scale(),
+            &self.device,
+        )
+        .expect(
+            "a pack's spans tile it and the configuration's heads were checked when it was read",
+        )
+    }
+}
+
+impl Parameters for Decoder {
+    fn visit_parameters(&mut self, visit: &mut Visitor<'_>) {
+        visit(
+            "model.embed_tokens.weight",
+            Parameter::Matrix(&mut self.embed_tokens),
+        );
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            layer.visit(&format!("model.layers.{index}"), visit);
+        }
+        visit("model.norm.weight", Parameter::Vector(&mut self.norm));
+        if let Some(head) = &mut self.lm_head {
+            visit("lm_head.weight", Parameter::Matrix(head));
+        }
+    }
+}
+
+impl Layer {
+    fn from_source(source: &WeightSource<'_>, config: &DecoderConfig, path: &str) -> Result<Self> {
+        let hidden = config.hidden_size;
+        let norm = |name: &str| source.tensor(&format!("{path}.{name}.weight"), [hidden]);
+        let [q, k, v, o, gate, up, down] = config.layer_linears().map(|(name, shape)| {
+            source.projection(&format!("{path}.{name}"), shape, config.has_bias(name))
+        });
+        Ok(Self {
+            input_layernorm: norm("input_layernorm")?,
+            q_proj: q?,
+            k_proj: k?,
+            v_proj: v?,
+            o_proj: o?,
+            post_attention_layernorm: norm("post_attention_layernorm")?,
+            gate_proj: gate?,
+            up_proj: up?,
+            down_proj: down?,
+        })
+    }
+
+    fn forward(
+        &self,
+        x: Tensor<2>,
+        layout: &AttentionLayout,
+        eps: f32,
+        precision: Precision,
+    ) -> Tensor<2> {
+        let normed = pivotal_ops::rms_norm(x.clone(), self.input_layernorm.clone(), eps);
+        let q = self.q_proj.forward(normed.clone(), precision);
+        let k = self.k_proj.forward(normed.clone(), precision);
+        let v = self.v_proj.forward(normed, precision);
+        let attended = pivotal_ops::rope_attention(q, k, v, layout);
+        let x = x + self.o_proj.forward(attended, precision);
+
+        let normed = pivotal_ops::rms_norm(x.clone(), self.post_attention_layernorm.clone(), eps);
+        let gate = self.gate_proj.forward(normed.clone(), precision);
+        let up = self.up_proj.forward(normed, precision);
+        x + self
+            .down_proj
+            .forward(pivotal_ops::swiglu(gate, up), precision)
+    }
+
+    fn projections(&mut self) -> [(&'static str, &mut Projection); 7] {
+        [
+            ("self_attn.q_proj", &mut self.q_proj),
+            ("self_attn.k_proj", &mut self.k_proj),
+            ("self_attn.v_proj", &mut self.v_proj),
+            ("self_attn.o_proj", &mut self.o_proj),
+            ("mlp.gate_proj", &mut self.gate_proj),
+            ("mlp.up_proj", &mut self.up_proj),
+            ("mlp.down_proj", &mut self.down_proj),
+        ]
+    }
+
+    fn visit(&mut self, path: &str, visit: &mut Visitor<'_>) {
+        let norm = &mut self.input_layernorm;
+        visit(
+            &format!("{path}.input_layernorm.weight"),
+            Parameter::Vector(norm),
+        );
+        let norm = &mut self.post_attention_layernorm;
+        visit(
+            &format!("{path}.post_attention_layernorm.weight"),
+            Parameter::Vector(norm),
+        );
+        for (name, projection) in self.projections() {
+            projection.visit(&format!("{path}.{name}"), visit);
+        }
+    }
+}

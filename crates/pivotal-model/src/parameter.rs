@@ -1,0 +1,159 @@
+//! Parameters by name: how they come out of a checkpoint, and how optimizers and writers reach them.
+
+use burn::tensor::{Device, Tensor, TensorData};
+
+use crate::checkpoint::{Checkpoint, HostTensor};
+use crate::error::{Error, Result};
+use crate::projection::Projection;
+
+/// A parameter of a model, borrowed for reading or replacing.
+#[derive(Debug)]
+pub enum Parameter<'a> {
+    /// A weight or a low-rank factor, `[out, in]`.
+    Matrix(&'a mut Tensor<2>),
+    /// A norm's gain or a bias, `[width]`.
+    Vector(&'a mut Tensor<1>),
+}
+
+/// What [`Parameters::visit_parameters`] calls with each parameter's name and the parameter.
+pub type Visitor<'v> = dyn FnMut(&str, Parameter<'_>) + 'v;
+
+/// A model that shows its parameters by name: all that an optimizer or a checkpoint needs of it.
+pub trait Parameters {
+    /// Shows every parameter, in a fixed order, under its checkpoint's key; an adapter's factors as
+    /// `<module>.lora_A.weight` and `<module>.lora_B.weight`.
+    fn visit_parameters(&mut self, visit: &mut Visitor<'_>);
+}
+
+impl Parameter<'_> {
+    /// Replaces the tensor by what one of the two functions makes of it.
+    pub fn map(
+        self,
+        matrix: impl FnOnce(Tensor<2>) -> Tensor<2>,
+        vector: impl FnOnce(Tensor<1>) -> Tensor<1>,
+    ) {
+        match self {
+            Self::Matrix(tensor) => *tensor = matrix(tensor.clone()),
+            Self::Vector(tensor) => *tensor = vector(tensor.clone()),
+        }
+    }
+
+    /// Whether a gradient is computed for it.
+    pub fn is_trainable(&self) -> bool {
+        match self {
+            Self::Matrix(tensor) => tensor.is_require_grad(),
+            Self::Vector(tensor) => tensor.is_require_grad(),
+        }
+    }
+
+    /// A copy in host memory.
+    ///
+    /// # Panics
+    /// If the device cannot be read back.
+    pub fn to_host(&self) -> HostTensor {
+        match self {
+            Self::Matrix(tensor) => to_host((*tensor).clone()),
+            Self::Vector(tensor) => to_host((*tensor).clone()),
+        }
+    }
+
+    /// Overwrites the values, keeping the device and whether it is trainable.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], naming the tensor, if `value` has another shape.
+    pub fn assign(self, name: &str, value: &HostTensor) -> Result<()> {
+        let trainable = self.is_trainable();
+        match self {
+            Self::Matrix(tensor) => {
+                check_shape(name, value, tensor.dims())?;
+                *tensor = leaf(value, &tensor.device(), trainable);
+            }
+            Self::Vector(tensor) => {
+                check_shape(name, value, tensor.dims())?;
+                *tensor = leaf(value, &tensor.device(), trainable);
+            }
+        }
+        Ok(())
+    }
+}
+
+pub(crate) fn on_tape<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
+    tensor.autodiff().require_grad()
+}
+
+pub(crate) fn off_tape<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
+    tensor.without_autodiff()
+}
+
+fn leaf<const D: usize>(value: &HostTensor, device: &Device, trainable: bool) -> Tensor<D> {
+    let tensor = to_device(value, &device.clone().without_autodiff());
+    if trainable { on_tape(tensor) } else { tensor }
+}
+
+fn check_shape<const D: usize>(name: &str, value: &HostTensor, expected: [usize; D]) -> Result<()> {
+    match value.shape() == expected {
+        true => Ok(()),
+        false => Err(Error::Shape {
+            what: name.into(),
+            expected: expected.into(),
+            found: value.shape().into(),
+        }),
+    }
+}
+
+/// The values of a tensor, in host memory.
+pub(crate) fn to_host<const D: usize>(tensor: Tensor<D>) -> HostTensor {
+    let shape = tensor.dims().to_vec();
+    let values = tensor
+        .into_data()
+        .try_to_vec::<f32>()
+        .expect("parameters are f32");
+    HostTensor::new(shape, values).expect("a tensor has as many values as its shape says")
+}
+
+/// A frozen tensor of a device.
+pub(crate) fn to_device<const D: usize>(value: &HostTensor, device: &Device) -> Tensor<D> {
+    Tensor::from_data(
+        TensorData::new(value.values().to_vec(), value.shape().to_vec()),
+        device,
+    )
+}
+
+/// Tensors of a checkpoint, on their way to a device, each checked against the shape expected.
+pub(crate) struct WeightSource<'a> {
+    checkpoint: &'a Checkpoint,
+    device: &'a Device,
+}
+
+impl<'a> WeightSource<'a> {
+    pub(crate) fn new(checkpoint: &'a Checkpoint, device: &'a Device) -> Self {
+        Self { checkpoint, device }
+    }
+
+    pub(crate) fn tensor<const D: usize>(
+        &self,
+        name: &str,
+        shape: [usize; D],
+    ) -> Result<Tensor<D>> {
+        let value = self.checkpoint.tensor(name)?;
+        check_shape(name, value, shape)?;
+        Ok(to_device(value, self.device))
+    }
+
+    pub(crate) fn projection(
+        &self,
+        path: &str,
+        shape: [usize; 2],
+        bias: bool,
+    ) -> Result<Projection> {
+        let weight = self.tensor(&format!("{path}.weight"), shape)?;
+        let bias = bias
+            .then(|| self.tensor(&format!("{path}.bias"), [shape[0]]))
+            .transpose()?;
+        Ok(Projection {
+            weight,
+            bias,
+            adapter: None,
+        })
+    }
+}
