@@ -21,6 +21,22 @@ use crate::save::write_json;
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
+/// What peft can switch on and this cannot; each changes what the two factors mean, or adds weights.
+const UNSUPPORTED: [&str; 13] = [
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "fan_in_fan_out",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+];
 const PREFIX: &str = "base_model.model.";
 
 /// What an adapted model is for; peft picks its model class by it.
@@ -115,20 +131,22 @@ impl LoraAdapter {
         if !matches!(get("bias"), Value::Null) && get("bias") != "none" {
             return wrong("bias", "\"none\"");
         }
-        for key in [
-            "use_dora",
-            "fan_in_fan_out",
-            "lora_bias",
-            "rank_pattern",
-            "alpha_pattern",
-        ] {
+        for key in UNSUPPORTED {
             let value = get(key);
             let off = value.is_null()
                 || *value == Value::Bool(false)
                 || value.as_object().is_some_and(Map::is_empty);
             if !off {
-                return wrong(key, "absent, false or empty");
+                return wrong(key, "absent, null, false or empty");
             }
+        }
+        // The others (PiSSA, OLoRA, CorDA, LoftQ) change the base weights too.
+        let init = get("init_lora_weights");
+        if !(init.is_null() || init.is_boolean() || init == "gaussian" || init == "orthogonal") {
+            return wrong(
+                "init_lora_weights",
+                "true, false, \"gaussian\" or \"orthogonal\"",
+            );
         }
         let rank = get("r")
             .as_u64()

@@ -249,3 +249,28 @@ fn half_values(data: &[u8], convert: impl Fn([u8; 2]) -> f32) -> Vec<f32> {
         .map(|&bytes| convert(bytes))
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_three_types_read_by_hand() {
+        let header = r#"{"b":{"dtype":"BF16","shape":[3],"data_offsets":[0,6]},"f":{"dtype":"F16","shape":[3],"data_offsets":[6,12]},"w":{"dtype":"F32","shape":[1,1],"data_offsets":[12,16]}}"#;
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+        // 1, -2 and 0.10009765625 in bf16; 1, -2 and 2^-24 in f16.
+        for half in [0x3F80u16, 0xC000, 0x3DCD, 0x3C00, 0xC000, 0x0001] {
+            bytes.extend(half.to_le_bytes());
+        }
+        bytes.extend((-0.0f32).to_le_bytes());
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x.safetensors");
+        std::fs::write(&path, bytes).unwrap();
+        let tensors = read_all(&path).unwrap();
+        assert_eq!(tensors["b"].values(), [1.0, -2.0, 0.10009765625]);
+        assert_eq!(tensors["f"].values(), [1.0, -2.0, 2.0f32.powi(-24)]);
+        assert_eq!(tensors["w"].values()[0].to_bits(), 1 << 31);
+        assert_eq!(tensors["w"].shape(), [1, 1]);
+    }
+}
