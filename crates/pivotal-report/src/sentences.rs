@@ -123,16 +123,14 @@ pub(crate) fn summary(study: &Study, analysis: &Analysis) -> Vec<String> {
             .collect();
         if !parts.is_empty() {
             let direction = match metric.better {
-                Better::Higher => " (higher is better)",
-                Better::Lower => " (lower is better)",
+                Better::Higher => ", higher is better",
+                Better::Lower => ", lower is better",
                 Better::Neither => "",
             };
             let seeds = count(study.seeds.len(), "seed");
             let parts = parts.join("; ");
-            sentences.push(format!(
-                "{}{direction} over {seeds}: {parts}.",
-                metric.name()
-            ));
+            let name = metric.name();
+            sentences.push(format!("{name}{direction}, over {seeds}: {parts}."));
         }
     }
     let tested = analysis.comparisons.len();
@@ -178,5 +176,5 @@ fn best(study: &Study, analysis: &Analysis, metric: &Metric, role: Role) -> Opti
     };
     let value = cell(estimate, metric);
     let unit = unit(metric);
-    Some(format!("{chosen}, {}, {value}{unit}", arm.label))
+    Some(format!("{} ({chosen}) {value}{unit}", arm.label))
 }

@@ -30,10 +30,14 @@ fn arm(key: &str, label: &str, role: Role, lr: &str, metrics: &[(&str, [f64; 3])
 /// Characters as tokens, a segment a run of one sign (hysteresis around 0 with δ = 0.5), kept where it agrees.
 pub fn record(text: &str, wrong: &[usize], side: Side, tilt: f32) -> CreditRecord {
     let texts: Vec<String> = text.chars().map(String::from).collect();
-    let truth: Vec<bool> = (0..texts.len()).map(|index| !wrong.contains(&index)).collect();
+    let truth: Vec<bool> = (0..texts.len())
+        .map(|index| !wrong.contains(&index))
+        .collect();
     let wave = |index: usize| ((index * 37 % 17) as f32 - 8.0) / 12.0;
     let right = |index: usize| if truth[index] { 0.55 } else { -3.1 };
-    let signal: Vec<f32> = (0..texts.len()).map(|i| right(i) + wave(i) + tilt).collect();
+    let signal: Vec<f32> = (0..texts.len())
+        .map(|i| right(i) + wave(i) + tilt)
+        .collect();
     let mut state = Sign::Neutral;
     let mut segments: Vec<SegmentRecord> = Vec::new();
     for (index, &score) in signal.iter().enumerate() {
@@ -93,7 +97,10 @@ pub fn pair(title: &str) -> PairView {
         title: title.into(),
         note: "The chosen response has an error too, in its last step.".into(),
         prompt: "52-06+16+14-16=".into(),
-        signals: vec![signal("log_ratio of a mild oracle", 0.0), signal("reward model level", -0.7)],
+        signals: vec![
+            signal("log_ratio of a mild oracle", 0.0),
+            signal("reward model level", -0.7),
+        ],
     }
 }
 
@@ -111,9 +118,17 @@ pub fn study() -> Study {
         ],
     );
     treatment.extra_cost = "60 more steps for the oracle".into();
-    let mut start = arm("start", "Start policy", Role::Start, "–", &[("exact", [0.623; 3])]);
+    let mut start = arm(
+        "start",
+        "Start policy",
+        Role::Start,
+        "–",
+        &[("exact", [0.623; 3])],
+    );
     start.settings.clear();
-    start.values.extend(values(&[("shifted", [0.537; 3]), ("kl", [0.0; 3])]));
+    start
+        .values
+        .extend(values(&[("shifted", [0.537; 3]), ("kl", [0.0; 3])]));
     Study {
         title: "Does segment credit help where labels are noisy?".into(),
         question: "Preference pairs of step-by-step arithmetic in which both responses contain errors and a quarter of \
