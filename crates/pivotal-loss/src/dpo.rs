@@ -58,17 +58,43 @@ pub struct DpoTerms {
 /// assert_eq!(terms.loss.into_scalar::<f32>(), 2f32.ln());
 /// ```
 pub fn dpo(policy: PairLogps, reference: PairLogps, beta: f64) -> Result<DpoTerms, LossError> {
+    let rewards = implicit_rewards(policy, reference, beta)?;
+    let loss = log_sigmoid(rewards.margin()).neg();
+    Ok(rewards.into_terms(loss))
+}
+
+/// The implicit rewards of both sides, with their gradient: what every loss of this family is a function of.
+pub(crate) struct ImplicitRewards {
+    chosen: Tensor<1>,
+    rejected: Tensor<1>,
+}
+
+impl ImplicitRewards {
+    pub(crate) fn margin(&self) -> Tensor<1> {
+        self.chosen.clone() - self.rejected.clone()
+    }
+
+    pub(crate) fn into_terms(self, loss: Tensor<1>) -> DpoTerms {
+        DpoTerms {
+            loss,
+            chosen_reward: self.chosen.detach(),
+            rejected_reward: self.rejected.detach(),
+        }
+    }
+}
+
+pub(crate) fn implicit_rewards(
+    policy: PairLogps,
+    reference: PairLogps,
+    beta: f64,
+) -> Result<ImplicitRewards, LossError> {
     expect_positive("beta", beta)?;
     let pairs = policy.chosen.dims()[0];
     expect_tensor_len("policy.rejected", &policy.rejected, pairs)?;
     expect_tensor_len("reference.chosen", &reference.chosen, pairs)?;
     expect_tensor_len("reference.rejected", &reference.rejected, pairs)?;
-
-    let chosen_reward = (policy.chosen - reference.chosen.detach()).mul_scalar(beta);
-    let rejected_reward = (policy.rejected - reference.rejected.detach()).mul_scalar(beta);
-    Ok(DpoTerms {
-        loss: log_sigmoid(chosen_reward.clone() - rejected_reward.clone()).neg(),
-        chosen_reward: chosen_reward.detach(),
-        rejected_reward: rejected_reward.detach(),
+    Ok(ImplicitRewards {
+        chosen: (policy.chosen - reference.chosen.detach()).mul_scalar(beta),
+        rejected: (policy.rejected - reference.rejected.detach()).mul_scalar(beta),
     })
 }

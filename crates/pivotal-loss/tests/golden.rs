@@ -3,8 +3,9 @@
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use pivotal_core::TokenMask;
 use pivotal_loss::{
-    Normalisation, PairLogps, ResponseIndex, ScoreAggregation, ScorePair, bradley_terry,
-    center_penalty, dpo, kept_sums, sequence_scores, sft, token_l2_penalty,
+    Normalisation, PairLogps, ResponseIndex, ScoreAggregation, ScorePair, bradley_terry, cdpo,
+    center_penalty, dpo, hinge, ipo, kept_sums, robust_dpo, sequence_scores, sft, simpo,
+    token_l2_penalty,
 };
 use serde::Deserialize;
 
@@ -169,6 +170,72 @@ fn masked_dpo_is_trls() {
             );
         }
         let expected = flat(&case.chosen_gradient, &case.rejected_gradient);
+        let gradient = numbers(policy.grad(&grads).unwrap());
+        assert_close(&what("gradient"), &gradient, &expected);
+    }
+}
+
+#[derive(Deserialize)]
+struct VariantCase {
+    name: String,
+    beta: f64,
+    #[serde(default)]
+    label_smoothing: f64,
+    #[serde(default)]
+    simpo_gamma: f64,
+    chosen_token_logps: Vec<f64>,
+    reference_chosen_token_logps: Vec<f64>,
+    chosen_keep: Vec<u8>,
+    rejected_token_logps: Vec<f64>,
+    reference_rejected_token_logps: Vec<f64>,
+    rejected_keep: Vec<u8>,
+    loss: f64,
+    chosen_gradient: Vec<f64>,
+    rejected_gradient: Vec<f64>,
+}
+
+#[test]
+fn the_variants_of_dpo_are_trls() {
+    let cases = cases::<VariantCase>(include_str!("golden/dpo_variants.json"));
+    for (at, case) in cases.iter().enumerate() {
+        let (chosen, rejected) = (&case.chosen_token_logps, &case.rejected_token_logps);
+        let policy = leaf(&[chosen.as_slice(), rejected].concat());
+        let reference = [
+            case.reference_chosen_token_logps.as_slice(),
+            &case.reference_rejected_token_logps,
+        ];
+        let reference = constant(&reference.concat());
+        let keep = mask(&[case.chosen_keep.as_slice(), &case.rejected_keep].concat());
+        let index = ResponseIndex::of_whole_responses(&[chosen.len(), rejected.len()]);
+        let pair = |token_logps: &Tensor<1>, normalisation| {
+            let sums = kept_sums(token_logps.clone(), &index, &keep, normalisation).unwrap();
+            PairLogps {
+                chosen: sums.clone().narrow(0, 0, 1),
+                rejected: sums.narrow(0, 1, 1),
+            }
+        };
+        let both = |normalisation| {
+            (
+                pair(&policy, normalisation),
+                pair(&reference, normalisation),
+            )
+        };
+        let (sums, means) = (both(Normalisation::Sum), both(Normalisation::KeptMean));
+        let (beta, smoothing) = (case.beta, case.label_smoothing);
+        let terms = match case.name.as_str() {
+            "hinge" => hinge(sums.0, sums.1, beta),
+            "ipo_summed" => ipo(sums.0, sums.1, beta),
+            "ipo_length_normalised" => ipo(means.0, means.1, beta),
+            "cdpo" => cdpo(sums.0, sums.1, beta, smoothing),
+            "robust" => robust_dpo(sums.0, sums.1, beta, smoothing),
+            "simpo" => simpo(means.0, beta, case.simpo_gamma),
+            other => panic!("`{other}` is no variant"),
+        };
+        let loss = terms.unwrap().loss;
+        let grads = loss.backward();
+        let what = |name: &str| format!("case {at} ({}), {name}", case.name);
+        assert_close(&what("loss"), &numbers(loss), &[case.loss]);
+        let expected = [case.chosen_gradient.as_slice(), &case.rejected_gradient].concat();
         let gradient = numbers(policy.grad(&grads).unwrap());
         assert_close(&what("gradient"), &gradient, &expected);
     }

@@ -404,3 +404,39 @@ fn frozen_parents_get_no_gradient() {
         rope_attention(i[0].clone(), i[1].clone(), i[2].clone(), &layout)
     });
 }
+
+#[test]
+fn the_number_of_threads_changes_no_bit() {
+    let layout = layout(
+        &[span(0, 40, 0, 0), span(40, 90, 0, 40), span(130, 61, 0, 40)],
+        4,
+        2,
+        16,
+    );
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        pool.unwrap().install(|| {
+            let (x, weight, head) = (matrix(1, 191, 64), matrix(2, 96, 64), matrix(3, 1300, 64));
+            let (a, b) = (matrix(4, 8, 64), matrix(5, 96, 8));
+            let ids: Vec<i64> = (0..191).map(|row| row * 37 % 1300).collect();
+            [Precision::F32, Precision::Bf16].map(|precision| {
+                [
+                    value_and_gradients(&[x.clone(), weight.clone(), a.clone(), b.clone()], |i| {
+                        let [x, w, a, b] = [0, 1, 2, 3].map(|at: usize| i[at].clone());
+                        let y = linear(x.clone(), w.clone(), precision);
+                        swiglu(y, lora_linear(x, w, a, b, 0.5, precision))
+                    }),
+                    value_and_gradients(&[x.clone(), head.clone()], |i| {
+                        let x = rms_norm(i[0].clone(), vector(6, 64), 1e-5);
+                        let (k, v) = (x.clone().narrow(1, 0, 32), x.clone().narrow(1, 32, 32));
+                        let y = rope_attention(x, k, v, &layout);
+                        token_logps(y, i[1].clone(), targets(&ids), precision)
+                    }),
+                ]
+            })
+        })
+    };
+    let alone = run(1);
+    assert_eq!(run(2), alone);
+    assert_eq!(run(5), alone);
+}
