@@ -1,1 +1,20 @@
-//! x
+//! Recipes that align a language model with segment-level credit.
+//!
+//! Each recipe is a function that reads top to bottom: load, tokenise, give credit, step, write. [`dpo`], [`sft`] and
+//! [`reward`] train; [`annotate`] scores every token of a data set. What they share are functions: the [`optimizer`]
+//! over named parameters, the [`run`] directory, [`score`] for everything that needs no gradient.
+
+mod config_file;
+pub mod dpo;
+mod error;
+pub mod optimizer;
+pub mod reward;
+mod schedule;
+pub mod score;
+pub mod settings;
+pub mod sft;
+mod table;
+
+pub use config_file::{read_config, show_config};
+pub use error::{Error, Result};
+pub use schedule::Schedule;

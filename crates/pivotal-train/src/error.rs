@@ -1,0 +1,160 @@
+//! What can go wrong in a run.
+
+use std::path::PathBuf;
+
+use pivotal_core::{ErrorKind, FileError, HasKind, PackError};
+
+/// The result of everything in this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What can go wrong in a run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file could not be read or written.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The model, or one of its files.
+    #[error(transparent)]
+    Model(#[from] pivotal_model::Error),
+    /// The data set, the tokenizer or the chat template.
+    #[error(transparent)]
+    Data(#[from] pivotal_data::DataError),
+    /// The credit rule, or a signal.
+    #[error(transparent)]
+    Credit(#[from] pivotal_credit::Error),
+    /// A loss refused its input.
+    #[error(transparent)]
+    Loss(#[from] pivotal_loss::LossError),
+    /// A sequence that cannot be packed.
+    #[error(transparent)]
+    Pack(#[from] PackError),
+    /// A configuration file does not parse, or has a key that does not exist.
+    #[error("`{}`: {}", path.display(), source.to_string().trim_end())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// Where, and what was expected there.
+        source: toml::de::Error,
+    },
+    /// A setting outside its domain, or missing.
+    #[error("`{key}` is {found}, expected {expected}")]
+    Setting {
+        /// The key, or flag.
+        key: &'static str,
+        /// What it is.
+        found: String,
+        /// What it may be.
+        expected: &'static str,
+    },
+    /// The run directory is there already.
+    #[error("`{}` exists: give `--resume` to continue it, `--overwrite` to replace it, or another `--out`", path.display())]
+    RunExists {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A directory that was to be overwritten is not a run.
+    #[error("`{}` is not a run directory (it has no `manifest.json`), so it is not overwritten", path.display())]
+    NotARun {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A run resumed under another configuration.
+    #[error("`{}` was made with another configuration: {what}; resume it with its own `config.toml`", path.display())]
+    OtherConfig {
+        /// The directory.
+        path: PathBuf,
+        /// The first key that differs.
+        what: String,
+    },
+    /// No checkpoint of a run loads.
+    #[error("`{}` has no checkpoint that loads{}", path.display(), damaged(reasons))]
+    NoCheckpoint {
+        /// The directory.
+        path: PathBuf,
+        /// Why the ones that are there do not.
+        reasons: Vec<String>,
+    },
+    /// A checkpoint lacks something.
+    #[error("the checkpoint lacks {what}")]
+    Checkpoint {
+        /// What.
+        what: String,
+    },
+    /// A line of a record file.
+    #[error("`{}`, line {line}: {what}", path.display())]
+    Record {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A response of the data has no record.
+    #[error("`{}` has no record for the {side} response of row {row}: annotate this data set", path.display())]
+    NoRecord {
+        /// The file.
+        path: PathBuf,
+        /// The row of the data set.
+        row: u64,
+        /// Which response.
+        side: &'static str,
+    },
+    /// A record was made of other tokens.
+    #[error("the record of the {side} response of row {row} in `{}` has other token ids than the data: annotate again with this tokenizer and these limits", path.display())]
+    OtherTokens {
+        /// The file.
+        path: PathBuf,
+        /// The row of the data set.
+        row: u64,
+        /// Which response.
+        side: &'static str,
+    },
+    /// The credit rule needs a signal and there is none.
+    #[error(
+        "selection `{selection}` needs a signal: give `--signals FILE` (see `pivotal annotate`) or `chosen_signal` and `rejected_signal` columns"
+    )]
+    NoSignal {
+        /// The selection rule.
+        selection: String,
+    },
+    /// The run diverged.
+    #[error(
+        "the run diverged: `{metric}` is not finite at step {step}{}",
+        rows(samples)
+    )]
+    NotFinite {
+        /// The optimizer step, from 1.
+        step: u64,
+        /// The number that is not finite.
+        metric: &'static str,
+        /// Ids of the samples of that step that have it, where known.
+        samples: Vec<u64>,
+    },
+}
+
+impl HasKind for Error {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::File(error) => error.kind(),
+            Self::Model(error) => error.kind(),
+            Self::Data(error) => error.kind(),
+            Self::Credit(error) => error.kind(),
+            Self::Loss(error) => error.kind(),
+            Self::NotFinite { .. } => ErrorKind::NotFinite,
+            _ => ErrorKind::Input,
+        }
+    }
+}
+
+fn damaged(reasons: &[String]) -> String {
+    reasons.iter().map(|reason| format!("; {reason}")).collect()
+}
+
+fn rows(samples: &[u64]) -> String {
+    match samples {
+        [] => String::new(),
+        rows => format!(" (rows {rows:?})"),
+    }
+}

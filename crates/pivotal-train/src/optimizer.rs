@@ -1,0 +1,257 @@
+//! AdamW over named parameters, with global gradient clipping and a state that survives a checkpoint bit for bit.
+//!
+//! The update of each tensor is Burn's [`AdamW`] (Loshchilov & Hutter 2019, arXiv:1711.05101; ε outside the bias
+//! correction, as in PyTorch). What is ours is the walk over names, so that a checkpoint can say what belongs to what.
+
+use std::collections::BTreeMap;
+
+use burn::optim::{AdamW, AdamWConfig, AdamWState, AdaptiveMomentumState, Optimizer};
+use burn::tensor::{Gradients, Tensor, TensorData};
+use pivotal_model::{HostTensor, Parameter, Parameters};
+
+use crate::error::{Error, Result};
+use crate::settings::OptimizerSettings;
+
+/// AdamW and its moments.
+pub struct NamedAdamW {
+    rule: AdamW,
+    clip_norm: f64,
+    matrices: BTreeMap<String, AdamWState<2>>,
+    vectors: BTreeMap<String, AdamWState<1>>,
+}
+
+/// Gradients by parameter name, summed over the micro-batches of one optimizer step.
+#[derive(Default)]
+pub struct GradientSum {
+    matrices: BTreeMap<String, Tensor<2>>,
+    vectors: BTreeMap<String, Tensor<1>>,
+}
+
+impl GradientSum {
+    /// Adds the gradients of one backward pass. A parameter that the loss did not reach adds nothing.
+    pub fn add(&mut self, model: &mut impl Parameters, gradients: &Gradients) {
+        model.visit_parameters(&mut |name, parameter| match parameter {
+            Parameter::Matrix(tensor) => {
+                if let Some(gradient) = tensor.grad(gradients) {
+                    accumulate(&mut self.matrices, name, gradient);
+                }
+            }
+            Parameter::Vector(tensor) => {
+                if let Some(gradient) = tensor.grad(gradients) {
+                    accumulate(&mut self.vectors, name, gradient);
+                }
+            }
+        });
+    }
+
+    /// The Euclidean norm over all gradients, in f64, and in the order of the names.
+    pub fn norm(&self) -> f64 {
+        let matrices = self
+            .matrices
+            .values()
+            .map(|gradient| square_sum(gradient.clone()));
+        let vectors = self
+            .vectors
+            .values()
+            .map(|gradient| square_sum(gradient.clone()));
+        matrices.chain(vectors).sum::<f64>().sqrt()
+    }
+}
+
+fn accumulate<const D: usize>(
+    sums: &mut BTreeMap<String, Tensor<D>>,
+    name: &str,
+    gradient: Tensor<D>,
+) {
+    let sum = match sums.remove(name) {
+        Some(sum) => sum + gradient,
+        None => gradient,
+    };
+    sums.insert(name.to_owned(), sum);
+}
+
+fn square_sum<const D: usize>(tensor: Tensor<D>) -> f64 {
+    let data = tensor.into_data();
+    let values = data.as_slice::<f32>().expect("gradients are f32");
+    values
+        .iter()
+        .map(|&value| f64::from(value) * f64::from(value))
+        .sum()
+}
+
+impl NamedAdamW {
+    /// An optimizer without moments yet.
+    pub fn new(settings: &OptimizerSettings) -> Self {
+        let rule = AdamWConfig::new()
+            .with_beta_1(settings.beta1 as f32)
+            .with_beta_2(settings.beta2 as f32)
+            .with_epsilon(settings.eps as f32)
+            .with_weight_decay(settings.weight_decay as f32)
+            .build();
+        Self {
+            rule,
+            clip_norm: settings.clip_norm,
+            matrices: BTreeMap::new(),
+            vectors: BTreeMap::new(),
+        }
+    }
+
+    /// One step. Returns the gradient's norm before clipping.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] if the norm is not finite; nothing is updated then.
+    pub fn step(
+        &mut self,
+        model: &mut impl Parameters,
+        mut gradients: GradientSum,
+        lr: f64,
+        step: u64,
+    ) -> Result<f64> {
+        let norm = gradients.norm();
+        if !norm.is_finite() {
+            return Err(Error::NotFinite {
+                step,
+                metric: "grad_norm",
+                samples: Vec::new(),
+            });
+        }
+        let shrink = match self.clip_norm > 0.0 && norm > self.clip_norm {
+            true => Some(self.clip_norm / norm),
+            false => None,
+        };
+        model.visit_parameters(&mut |name, parameter| match parameter {
+            Parameter::Matrix(tensor) => {
+                if let Some(gradient) = gradients.matrices.remove(name) {
+                    update(
+                        &self.rule,
+                        &mut self.matrices,
+                        name,
+                        tensor,
+                        gradient,
+                        shrink,
+                        lr,
+                    );
+                }
+            }
+            Parameter::Vector(tensor) => {
+                if let Some(gradient) = gradients.vectors.remove(name) {
+                    update(
+                        &self.rule,
+                        &mut self.vectors,
+                        name,
+                        tensor,
+                        gradient,
+                        shrink,
+                        lr,
+                    );
+                }
+            }
+        });
+        Ok(norm)
+    }
+
+    /// The moments and step counts, for a checkpoint: `<name>.moment_1`, `<name>.moment_2`, `<name>.time`.
+    pub fn state(&self) -> BTreeMap<String, HostTensor> {
+        let mut state = BTreeMap::new();
+        for (name, moments) in &self.matrices {
+            export(&mut state, name, &moments.momentum);
+        }
+        for (name, moments) in &self.vectors {
+            export(&mut state, name, &moments.momentum);
+        }
+        state
+    }
+
+    /// Takes back what [`NamedAdamW::state`] gave.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if a moment or a step count is missing or misshapen.
+    pub fn restore(&mut self, state: &BTreeMap<String, HostTensor>) -> Result<()> {
+        for (key, moment_1) in state {
+            let Some(name) = key.strip_suffix(".moment_1") else {
+                continue;
+            };
+            let missing = |what: &str| Error::Checkpoint {
+                what: format!("`{name}.{what}`"),
+            };
+            let moment_2 = state
+                .get(&format!("{name}.moment_2"))
+                .ok_or_else(|| missing("moment_2"))?;
+            let time = state
+                .get(&format!("{name}.time"))
+                .ok_or_else(|| missing("time"))?;
+            // A step count fits f32 exactly up to 2^24 steps.
+            let time = time
+                .values()
+                .first()
+                .copied()
+                .ok_or_else(|| missing("time"))? as usize;
+            match moment_1.shape().len() {
+                2 => self
+                    .matrices
+                    .insert(name.to_owned(), import(time, moment_1, moment_2)),
+                _ => {
+                    self.vectors
+                        .insert(name.to_owned(), import(time, moment_1, moment_2));
+                    None
+                }
+            };
+        }
+        Ok(())
+    }
+}
+
+fn update<const D: usize>(
+    rule: &AdamW,
+    states: &mut BTreeMap<String, AdamWState<D>>,
+    name: &str,
+    tensor: &mut Tensor<D>,
+    gradient: Tensor<D>,
+    shrink: Option<f64>,
+    lr: f64,
+) {
+    let gradient = match shrink {
+        Some(factor) => gradient.mul_scalar(factor),
+        None => gradient,
+    };
+    let value = tensor.clone().without_autodiff();
+    let (value, state) = rule.step(lr, value, gradient, states.remove(name));
+    *tensor = value.autodiff().require_grad();
+    states.extend(state.map(|state| (name.to_owned(), state)));
+}
+
+fn export<const D: usize>(
+    state: &mut BTreeMap<String, HostTensor>,
+    name: &str,
+    moments: &AdaptiveMomentumState<D>,
+) {
+    let time = HostTensor::new(vec![1], vec![moments.time as f32]).expect("one value of shape 1");
+    state.insert(format!("{name}.time"), time);
+    state.insert(format!("{name}.moment_1"), host(moments.moment_1.clone()));
+    state.insert(format!("{name}.moment_2"), host(moments.moment_2.clone()));
+}
+
+fn host<const D: usize>(tensor: Tensor<D>) -> HostTensor {
+    let shape = tensor.dims().to_vec();
+    let data = tensor
+        .into_data()
+        .try_to_vec::<f32>()
+        .expect("moments are f32");
+    HostTensor::new(shape, data).expect("a tensor has as many values as its shape says")
+}
+
+fn import<const D: usize>(
+    time: usize,
+    moment_1: &HostTensor,
+    moment_2: &HostTensor,
+) -> AdamWState<D> {
+    let tensor = |value: &HostTensor| {
+        let data = TensorData::new(value.values().to_vec(), value.shape().to_vec());
+        Tensor::from_data(data, &burn::tensor::Device::flex())
+    };
+    AdamWState::new(AdaptiveMomentumState::new(
+        time,
+        tensor(moment_1),
+        tensor(moment_2),
+    ))
+}

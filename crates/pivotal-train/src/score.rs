@@ -1,0 +1,173 @@
+//! Everything that needs no gradient: log-probabilities and values of whole data sets.
+
+use std::ops::Range;
+
+use burn::tensor::Tensor;
+use pivotal_core::{Pack, TokenizedPair};
+use pivotal_model::{Decoder, RewardModel};
+
+use crate::error::Result;
+
+/// A prompt and the responses that share it.
+#[derive(Clone, Debug)]
+pub struct Group<'a> {
+    /// Token ids of the prompt.
+    pub prompt: &'a [u32],
+    /// Token ids of each response.
+    pub responses: Vec<&'a [u32]>,
+}
+
+impl<'a> Group<'a> {
+    /// A pair's prompt with its chosen and its rejected response.
+    pub fn of_pair(pair: &'a TokenizedPair) -> Self {
+        Self {
+            prompt: &pair.prompt,
+            responses: vec![&pair.chosen, &pair.rejected],
+        }
+    }
+
+    fn tokens(&self) -> usize {
+        self.prompt.len()
+            + self
+                .responses
+                .iter()
+                .map(|response| response.len())
+                .sum::<usize>()
+    }
+}
+
+/// A reward model's values of one response.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ResponseValues {
+    /// The value at the last prompt token: level 0.
+    pub prompt_value: f32,
+    /// The value at each token, that token included, `[tokens]`.
+    pub levels: Vec<f32>,
+}
+
+/// The log-probability of every response token under `decoder`, in nats, `[groups][responses][tokens]`.
+///
+/// `micro_batch_tokens` bounds the tokens of a forward pass (a single group may exceed it).
+///
+/// # Errors
+/// If a sequence does not fit the model.
+pub fn token_logps(
+    decoder: &Decoder,
+    groups: &[Group<'_>],
+    micro_batch_tokens: usize,
+) -> Result<Vec<Vec<Vec<f32>>>> {
+    let decoder = decoder.detached();
+    let mut all = Vec::with_capacity(groups.len());
+    for range in ranges(groups, micro_batch_tokens) {
+        let groups = &groups[range];
+        let pack = pack(groups)?;
+        let gathers = pack.gather(|_, _| true);
+        if gathers.is_empty() {
+            all.extend(groups.iter().map(|_| Vec::new()));
+            continue;
+        }
+        let logps = values(decoder.token_logps(&decoder.hidden(&pack)?, &gathers));
+        all.extend(split(groups, &logps));
+    }
+    Ok(all)
+}
+
+/// The value of every response token under `model`, `[groups][responses]`.
+///
+/// # Errors
+/// If a sequence does not fit the model.
+pub fn token_values(
+    model: &RewardModel,
+    groups: &[Group<'_>],
+    micro_batch_tokens: usize,
+) -> Result<Vec<Vec<ResponseValues>>> {
+    let model = model.detached();
+    let mut all = Vec::with_capacity(groups.len());
+    for range in ranges(groups, micro_batch_tokens) {
+        let groups = &groups[range];
+        let pack = pack(groups)?;
+        let levels = values(model.values(&pack)?);
+        let mut response = 0;
+        for group in groups {
+            let scored = group.responses.iter().map(|_| {
+                let span = pack.response_span(response);
+                response += 1;
+                ResponseValues {
+                    prompt_value: levels[span.prefix_start + span.prefix_len - 1],
+                    levels: levels[span.start..span.start + span.len].to_vec(),
+                }
+            });
+            all.push(scored.collect());
+        }
+    }
+    Ok(all)
+}
+
+/// Consecutive items of at most `budget` tokens together, at least one each.
+pub(crate) fn ranges_of(tokens: impl Iterator<Item = usize>, budget: usize) -> Vec<Range<usize>> {
+    let mut ranges = Vec::new();
+    let (mut start, mut sum, mut end) = (0, 0, 0);
+    for count in tokens {
+        if end > start && sum + count > budget {
+            ranges.push(start..end);
+            (start, sum) = (end, 0);
+        }
+        sum += count;
+        end += 1;
+    }
+    if end > start {
+        ranges.push(start..end);
+    }
+    ranges
+}
+
+fn ranges(groups: &[Group<'_>], budget: usize) -> Vec<Range<usize>> {
+    ranges_of(groups.iter().map(Group::tokens), budget)
+}
+
+fn pack(groups: &[Group<'_>]) -> Result<Pack> {
+    let mut pack = Pack::default();
+    for group in groups {
+        pack.push(group.prompt, &group.responses)?;
+    }
+    Ok(pack)
+}
+
+fn split(groups: &[Group<'_>], logps: &[f32]) -> Vec<Vec<Vec<f32>>> {
+    let mut rest = logps;
+    let mut take = |count: usize| {
+        let (head, tail) = rest.split_at(count);
+        rest = tail;
+        head.to_vec()
+    };
+    groups
+        .iter()
+        .map(|group| {
+            group
+                .responses
+                .iter()
+                .map(|response| take(response.len()))
+                .collect()
+        })
+        .collect()
+}
+
+/// A tensor's values in host memory.
+pub(crate) fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor
+        .into_data()
+        .try_to_vec::<f32>()
+        .expect("models compute in f32")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::ranges_of;
+
+    #[test]
+    fn ranges_tile_and_respect_the_budget_where_they_can() {
+        assert_eq!(ranges_of([3, 3, 9, 1].into_iter(), 6), [0..2, 2..3, 3..4]);
+        assert_eq!(ranges_of([].into_iter(), 6), []);
+        assert_eq!(ranges_of([7].into_iter(), 6), [0..1]);
+    }
+}

@@ -1,0 +1,374 @@
+//! The tables that recipes share. Precedence: default, then file, then flag; nothing else.
+
+use std::path::PathBuf;
+
+use clap::{Arg, ArgMatches, Command, ValueEnum};
+use pivotal_credit::CreditConfig;
+use pivotal_data::{Limits, Prefix, TokenizeOptions};
+use pivotal_loss::{Normalisation, ScoreAggregation};
+use pivotal_model::LoraSpec;
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use crate::schedule::Schedule;
+use crate::table::table;
+
+/// A set of flags that lies over a table of settings.
+pub(crate) trait Overlay<T> {
+    fn lay(self, settings: &mut T) -> Result<()>;
+}
+
+macro_rules! overlay {
+    ($($flags:ty => $table:ty),+ $(,)?) => {$(
+        impl Overlay<$table> for $flags {
+            fn lay(self, settings: &mut $table) -> Result<()> {
+                self.apply(settings);
+                Ok(())
+            }
+        }
+    )+};
+}
+
+overlay! {
+    ModelFlags => ModelSettings,
+    LoraFlags => LoraSettings,
+    DataFlags => DataSettings,
+    OptimizerFlags => OptimizerSettings,
+    RunFlags => RunSettings,
+    DpoFlags => DpoSettings,
+    RewardFlags => RewardSettings,
+    AnnotateFlags => AnnotateSettings,
+}
+
+/// How matrix products round their operands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum Precision {
+    /// 32-bit operands.
+    F32,
+    /// bfloat16 operands with 32-bit sums, where the processor has them; weights and gradients stay 32-bit.
+    #[default]
+    Bf16,
+}
+
+impl From<Precision> for pivotal_ops::Precision {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Self::F32,
+            Precision::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+/// What is done where the prompt's tokens are not the first tokens of prompt and response together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum PrefixRule {
+    /// The row is refused.
+    #[default]
+    Error,
+    /// Prompt and response are tokenised apart.
+    Parts,
+}
+
+/// What a response's kept log-probabilities are made into (METHOD, section 8).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum KeptNormalisation {
+    /// Their sum: DPO as published.
+    #[default]
+    Sum,
+    /// Their mean.
+    KeptMean,
+    /// Their sum, scaled up to the response's length.
+    RescaledSum,
+}
+
+impl From<KeptNormalisation> for Normalisation {
+    fn from(normalisation: KeptNormalisation) -> Self {
+        match normalisation {
+            KeptNormalisation::Sum => Self::Sum,
+            KeptNormalisation::KeptMean => Self::KeptMean,
+            KeptNormalisation::RescaledSum => Self::RescaledSum,
+        }
+    }
+}
+
+/// What makes a response's score of its tokens' values.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum Aggregation {
+    /// Their mean: it makes intermediate values mean something.
+    #[default]
+    Mean,
+    /// Their sum.
+    Sum,
+    /// The last token's.
+    Last,
+}
+
+impl From<Aggregation> for ScoreAggregation {
+    fn from(aggregation: Aggregation) -> Self {
+        match aggregation {
+            Aggregation::Mean => Self::Mean,
+            Aggregation::Sum => Self::Sum,
+            Aggregation::Last => Self::Last,
+        }
+    }
+}
+
+/// How a fresh value head begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum HeadInit {
+    /// At zero.
+    #[default]
+    Zero,
+    /// Normal with standard deviation 1/√(hidden + 1).
+    Normal,
+}
+
+impl From<HeadInit> for pivotal_model::HeadInit {
+    fn from(init: HeadInit) -> Self {
+        match init {
+            HeadInit::Zero => Self::Zero,
+            HeadInit::Normal => Self::Normal,
+        }
+    }
+}
+
+/// The signal that `annotate` computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum AnnotatedSignal {
+    /// β(log π_oracle − log π_reference) of each token.
+    #[default]
+    LogRatio,
+    /// The reward model's value at each token.
+    Level,
+    /// The change of that value at each token.
+    Increment,
+}
+
+table! {
+    /// The model that is trained or scored.
+    pub struct ModelSettings, ModelFlags {
+        /// A Hugging Face directory, a .gguf file, or a run directory.
+        "model" path: PathBuf = PathBuf::new(),
+        /// A LoRA adapter directory to start from; none if empty.
+        "adapter" adapter: PathBuf = PathBuf::new(),
+        /// Operands of matrix products: f32 or bf16.
+        "precision" precision: Precision = Precision::Bf16,
+    }
+}
+
+table! {
+    /// Low-rank adaptation.
+    pub struct LoraSettings, LoraFlags {
+        /// Rank of the adapter; 0 trains every parameter.
+        "lora-rank" rank: usize = 16,
+        /// Scale of the adapter times its rank.
+        "lora-alpha" alpha: f64 = 32.0,
+        /// Linear layers to adapt, with commas between (q_proj,v_proj); all of them if empty.
+        "lora-targets" targets: String = String::new(),
+    }
+}
+
+impl LoraSettings {
+    /// The adapter to add; none if every parameter is trained.
+    pub fn spec(&self) -> Option<LoraSpec> {
+        let targets = self
+            .targets
+            .split(',')
+            .map(str::trim)
+            .filter(|target| !target.is_empty());
+        (self.rank > 0).then(|| LoraSpec {
+            rank: self.rank,
+            alpha: self.alpha,
+            targets: targets.map(str::to_owned).collect(),
+        })
+    }
+}
+
+table! {
+    /// The data set.
+    pub struct DataSettings, DataFlags {
+        /// A JSONL file in one of TRL's shapes.
+        "data" path: PathBuf = PathBuf::new(),
+        /// Longer prompts lose their beginning; 0 does not limit.
+        "max-prompt-tokens" max_prompt_tokens: usize = 0,
+        /// Longer responses lose their end; 0 does not limit.
+        "max-response-tokens" max_response_tokens: usize = 0,
+        /// Prompt and response together; the response loses its end; 0 does not limit.
+        "max-tokens" max_tokens: usize = 1024,
+        /// Where the prompt is no token prefix of prompt and response: error or parts.
+        "prefix" prefix: PrefixRule = PrefixRule::Error,
+    }
+}
+
+impl DataSettings {
+    /// How rows become token ids of a model with `vocabulary_size` ids.
+    pub fn tokenize_options(&self, vocabulary_size: usize) -> TokenizeOptions {
+        let limit = |tokens: usize| (tokens > 0).then_some(tokens);
+        TokenizeOptions {
+            prefix: match self.prefix {
+                PrefixRule::Error => Prefix::Error,
+                PrefixRule::Parts => Prefix::Parts,
+            },
+            limits: Limits {
+                max_prompt_tokens: limit(self.max_prompt_tokens),
+                max_response_tokens: limit(self.max_response_tokens),
+                max_total_tokens: limit(self.max_tokens),
+            },
+            vocabulary_size: Some(vocabulary_size),
+        }
+    }
+}
+
+table! {
+    /// The optimizer, its schedule and the batches.
+    pub struct OptimizerSettings, OptimizerFlags {
+        /// Peak learning rate.
+        "lr" lr: f64 = 1e-4,
+        /// Course of the learning rate after the warm-up: constant, linear or cosine.
+        "schedule" schedule: Schedule = Schedule::Linear,
+        /// Steps of linear warm-up.
+        "warmup-steps" warmup_steps: u64 = 0,
+        /// Samples (pairs, or responses) in an optimizer step.
+        "batch" batch: usize = 8,
+        /// Tokens in one forward pass at most; a step takes as many passes as it needs, with the same result.
+        "micro-batch-tokens" micro_batch_tokens: usize = 4096,
+        /// Passes over the data.
+        "epochs" epochs: u64 = 1,
+        /// Optimizer steps; 0 takes as many as the epochs need.
+        "steps" steps: u64 = 0,
+        /// AdamW's decay of the first moment.
+        "beta1" beta1: f64 = 0.9,
+        /// AdamW's decay of the second moment.
+        "beta2" beta2: f64 = 0.999,
+        /// AdamW's ε.
+        "eps" eps: f64 = 1e-8,
+        /// AdamW's weight decay.
+        "weight-decay" weight_decay: f64 = 0.0,
+        /// The gradient's norm is clipped to this; 0 does not clip.
+        "clip-norm" clip_norm: f64 = 1.0,
+    }
+}
+
+impl OptimizerSettings {
+    /// Optimizer steps over a data set whose epoch has `batches`.
+    pub fn total_steps(&self, batches: usize) -> u64 {
+        match self.steps {
+            0 => self.epochs * batches as u64,
+            steps => steps,
+        }
+    }
+}
+
+table! {
+    /// The run directory.
+    pub struct RunSettings, RunFlags {
+        /// The run directory to make.
+        "out" out: PathBuf = PathBuf::new(),
+        /// Seed of everything random.
+        "seed" seed: u64 = 1,
+        /// Steps between checkpoints; 0 writes none before the end.
+        "checkpoint-every" checkpoint_every: u64 = 50,
+    }
+}
+
+table! {
+    /// Direct preference optimization.
+    pub struct DpoSettings, DpoFlags {
+        /// Strength of the anchor to the reference; above 0.
+        "beta" beta: f64 = 0.1,
+        /// What a response's kept log-probabilities are made into: sum, kept_mean or rescaled_sum.
+        "normalisation" normalisation: KeptNormalisation = KeptNormalisation::Sum,
+        /// Credit records of `annotate`, whose signals the [credit] table segments; the data's own columns if empty.
+        "signals" signals: PathBuf = PathBuf::new(),
+        /// Directory of cached reference log-probabilities; the run directory's parent has one if empty.
+        "reference-cache" reference_cache: PathBuf = PathBuf::new(),
+    }
+}
+
+table! {
+    /// Bradley-Terry reward modelling.
+    pub struct RewardSettings, RewardFlags {
+        /// Score of a response from its tokens' values: mean, sum or last.
+        "aggregation" aggregation: Aggregation = Aggregation::Mean,
+        /// Weight of (S_chosen + S_rejected)², which pins the scores' zero.
+        "center" center: f64 = 0.01,
+        /// Weight of the tokens' mean squared value, which pins theirs.
+        "token-l2" token_l2: f64 = 0.02,
+        /// How the value head begins: zero or normal.
+        "head-init" head_init: HeadInit = HeadInit::Zero,
+    }
+}
+
+table! {
+    /// Scoring every token of a data set.
+    pub struct AnnotateSettings, AnnotateFlags {
+        /// The signal: log_ratio, level or increment.
+        "signal" signal: AnnotatedSignal = AnnotatedSignal::LogRatio,
+        /// For log_ratio: an adapter, model or run directory trained by `dpo`.
+        "oracle" oracle: PathBuf = PathBuf::new(),
+        /// For level and increment: an adapter, model or run directory trained by `reward`.
+        "reward-model" reward_model: PathBuf = PathBuf::new(),
+        /// For log_ratio: the factor on the log-ratio.
+        "signal-beta" signal_beta: f64 = 1.0,
+        /// The file of credit records to write.
+        "records" records: PathBuf = PathBuf::new(),
+        /// Tokens in one forward pass at most.
+        "micro-batch-tokens" micro_batch_tokens: usize = 4096,
+    }
+}
+
+/// The flags that lie over the `[credit]` table: those that [`CreditConfig::FIELDS`] lists.
+#[derive(Clone, Debug, Default)]
+pub struct CreditFlags(Vec<(&'static str, String)>);
+
+impl clap::Args for CreditFlags {
+    fn augment_args(command: Command) -> Command {
+        CreditConfig::FIELDS.iter().fold(command, |command, field| {
+            command.arg(
+                Arg::new(field.flag)
+                    .long(field.flag)
+                    .help(field.help)
+                    .help_heading("Credit"),
+            )
+        })
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl clap::FromArgMatches for CreditFlags {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let given = CreditConfig::FIELDS.iter().filter_map(|field| {
+            matches
+                .get_one::<String>(field.flag)
+                .map(|value| (field.key, value.clone()))
+        });
+        Ok(Self(given.collect()))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl Overlay<CreditConfig> for CreditFlags {
+    fn lay(self, settings: &mut CreditConfig) -> Result<()> {
+        let flags = self.0.iter().map(|(key, value)| (*key, value.as_str()));
+        Ok(settings.apply(flags)?)
+    }
+}

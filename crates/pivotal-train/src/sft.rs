@@ -1,0 +1,105 @@
+//! Supervised fine-tuning on the kept tokens of each response.
+//!
+//! The loss is `-Σ M·log π / ΣM` with the denominator over the whole optimizer step, so that it does not depend on how
+//! the step is cut into micro-batches.
+
+use pivotal_core::{Pack, TokenMask, TokenizedResponse};
+use pivotal_model::Decoder;
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+use crate::optimizer::{GradientSum, NamedAdamW};
+use crate::score::{ranges_of, values};
+use crate::settings::OptimizerSettings;
+
+/// One step's numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct SftMetrics {
+    /// Mean negative log-probability of a kept token, in nats.
+    pub loss: f64,
+    /// Kept tokens in the step.
+    pub kept_tokens: usize,
+    /// Norm of the gradient before clipping; 0 until the step is taken.
+    pub grad_norm: f64,
+    /// Learning rate of the step; 0 until the step is taken.
+    pub lr: f64,
+}
+
+/// The gradients and numbers of one optimizer step over `items`.
+///
+/// # Errors
+/// [`Error::NotFinite`] naming the responses; otherwise if a sequence does not fit the model.
+pub fn gradients(
+    policy: &mut Decoder,
+    items: &[&TokenizedResponse],
+    micro_batch_tokens: usize,
+    step: u64,
+) -> Result<(GradientSum, SftMetrics)> {
+    let kept = |item: &TokenizedResponse| item.response_mask.iter().filter(|&&own| own).count();
+    let kept_tokens: usize = items.iter().map(|item| kept(item)).sum();
+    let mut sum = GradientSum::default();
+    let mut metrics = SftMetrics {
+        kept_tokens,
+        ..SftMetrics::default()
+    };
+    let tokens = items
+        .iter()
+        .map(|item| item.prompt.len() + item.response.len());
+    for range in ranges_of(tokens, micro_batch_tokens) {
+        let items = &items[range];
+        let mut pack = Pack::default();
+        for item in items {
+            pack.push(&item.prompt, &[&item.response])?;
+        }
+        let gathers = pack.gather(|response, position| items[response].response_mask[position]);
+        if gathers.is_empty() {
+            continue;
+        }
+        let hidden = policy.hidden(&pack)?;
+        let logps = policy.token_logps(&hidden, &gathers);
+        let keep = TokenMask::all(gathers.len());
+        let terms = pivotal_loss::sft(logps, &keep, kept_tokens as f64)?;
+        let losses = values(terms.loss.clone());
+        let bad = gathers
+            .iter()
+            .zip(&losses)
+            .filter(|(_, loss)| !loss.is_finite());
+        let mut samples: Vec<u64> = bad.map(|(gather, _)| items[gather.response].id).collect();
+        samples.dedup();
+        if !samples.is_empty() {
+            return Err(Error::NotFinite {
+                step,
+                metric: "loss",
+                samples,
+            });
+        }
+        metrics.loss += losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
+        sum.add(policy, &terms.loss.sum().backward());
+    }
+    Ok((sum, metrics))
+}
+
+/// Steps over batches of responses, from step `range.start` (from 0) to `range.end`.
+///
+/// `after` sees each step's number (from 1) and metrics, the policy and the optimizer, once they are updated.
+///
+/// # Errors
+/// Whatever a step or `after` meets.
+pub fn optimize(
+    policy: &mut Decoder,
+    settings: &OptimizerSettings,
+    optimizer: &mut NamedAdamW,
+    batches: impl Iterator<Item = Vec<TokenizedResponse>>,
+    range: std::ops::Range<u64>,
+    after: &mut dyn FnMut(u64, SftMetrics, &mut Decoder, &NamedAdamW) -> Result<()>,
+) -> Result<()> {
+    let steps = range.end;
+    for (step, batch) in range.zip(batches) {
+        let batch: Vec<&TokenizedResponse> = batch.iter().collect();
+        let (sum, mut metrics) = gradients(policy, &batch, settings.micro_batch_tokens, step + 1)?;
+        metrics.lr = settings.lr * settings.schedule.factor(step, steps, settings.warmup_steps);
+        metrics.grad_norm = optimizer.step(policy, sum, metrics.lr, step + 1)?;
+        after(step + 1, metrics, policy, optimizer)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,85 @@
+//! One list of fields gives the struct, its defaults, strict TOML, literal flags and their help.
+
+/// Declares a table of settings and its flags.
+///
+/// Each field is `"flag-name" name: Type = default`, under its doc comment, which is rustdoc and `--help` both. The macro
+/// makes the struct (serde, unknown keys refused, every key optional in TOML), `Default`, a clap `Args` struct in which
+/// every flag is optional, and `apply`, which lays the flags given over the settings.
+macro_rules! table {
+    (
+        $(#[doc = $about:literal])+
+        pub struct $name:ident, $flags:ident {
+            $( $(#[doc = $doc:literal])+ $flag:literal $field:ident: $type:ty = $default:expr ),+ $(,)?
+        }
+    ) => {
+        $(#[doc = $about])+
+        #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+        #[serde(deny_unknown_fields, default)]
+        pub struct $name {
+            $( $(#[doc = $doc])+ pub $field: $type, )+
+        }
+
+        impl Default for $name {
+            fn default() -> Self {
+                Self { $( $field: $default, )+ }
+            }
+        }
+
+        #[doc = concat!("The flags that lie over [`", stringify!($name), "`].")]
+        #[derive(Clone, Debug, Default, clap::Args)]
+        #[group(skip)]
+        pub struct $flags {
+            $(
+                $(#[doc = $doc])+
+                #[doc = concat!("[default: ", stringify!($default), "]")]
+                #[arg(long = $flag)]
+                pub $field: Option<$type>,
+            )+
+        }
+
+        impl $flags {
+            /// Lays the flags that were given over `settings`.
+            pub fn apply(self, settings: &mut $name) {
+                $( if let Some(value) = self.$field { settings.$field = value; } )+
+            }
+        }
+    };
+}
+
+/// Declares the configuration of a recipe: its tables, and the flags of all of them.
+macro_rules! recipe {
+    (
+        $(#[doc = $about:literal])+
+        pub struct $name:ident, $flags:ident {
+            $( $(#[doc = $doc:literal])+ $field:ident: $table:ty, $table_flags:ty );+ $(;)?
+        }
+    ) => {
+        $(#[doc = $about])+
+        #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+        #[serde(deny_unknown_fields, default)]
+        pub struct $name {
+            $( $(#[doc = $doc])+ pub $field: $table, )+
+        }
+
+        #[doc = concat!("The flags of [`", stringify!($name), "`].")]
+        #[derive(Clone, Debug, Default, clap::Args)]
+        #[group(skip)]
+        pub struct $flags {
+            $( $(#[doc = $doc])+ #[command(flatten)] pub $field: $table_flags, )+
+        }
+
+        impl $flags {
+            /// Lays the flags that were given over `config`.
+            ///
+            /// # Errors
+            /// If a credit flag has a value that its key cannot take.
+            pub fn apply(self, config: &mut $name) -> crate::Result<()> {
+                $( crate::settings::Overlay::lay(self.$field, &mut config.$field)?; )+
+                Ok(())
+            }
+        }
+    };
+}
+
+pub(crate) use recipe;
+pub(crate) use table;
