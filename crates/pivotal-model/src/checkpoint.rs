@@ -243,7 +243,8 @@ fn names_to_read(
     let missing: Vec<String> = config
         .tensors()
         .map(|(name, _)| name)
-        .filter(|name| !found.contains_key(name) && !(has_value_head && name == VOCABULARY_HEAD))
+        .filter(|name| !found.contains_key(name))
+        .filter(|name| !has_value_head || name != VOCABULARY_HEAD)
         .take(MISSING_LIMIT)
         .collect();
     if !missing.is_empty() {

@@ -318,7 +318,7 @@ impl<'a> Keys<'a> {
         {
             return Ok(None);
         }
-        self.typed(key, "a token id", |value| one_id(value))
+        self.typed(key, "a token id", one_id)
     }
 
     fn special_ids(&self) -> Result<SpecialIds> {

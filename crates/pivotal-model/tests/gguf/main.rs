@@ -229,6 +229,7 @@ fn metadata_that_no_decoder_here_has_are_named() {
 }
 
 #[test]
+#[expect(clippy::print_stdout, reason = "a skipped test says so")]
 fn smollm2_loads_from_the_file_that_its_package_ships() {
     let Some(path) = std::env::var_os("PIVOTAL_SMOLLM2_GGUF") else {
         println!("skipped: PIVOTAL_SMOLLM2_GGUF names no file");
