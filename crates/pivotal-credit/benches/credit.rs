@@ -1,5 +1,105 @@
-//! Tokens a second from signal to keep mask.
+//! Tokens a second from signal to keep mask, for every cut rule and from short responses to a million tokens.
+
+use divan::counter::ItemsCount;
+use divan::{Bencher, black_box};
+use pivotal_core::{Sign, random_stream};
+use pivotal_credit::{
+    Between, Credit, CreditConfig, Neutral, Response, SchmittTrigger, Score, jump_mask,
+    schmitt_mask,
+};
+use rand::Rng;
+
+const TOKENS: [usize; 5] = [64, 1_024, 16_384, 131_072, 1_048_576];
 
 fn main() {
     divan::main();
+}
+
+/// Noise over runs of some twenty tokens: what a token signal looks like.
+fn signal(tokens: usize) -> Vec<f32> {
+    let mut random = random_stream(1, "bench");
+    let mut uniform = || (random.next_u32() >> 8) as f32 / (1 << 24) as f32;
+    let mut level = 0.7;
+    let mut next = || {
+        if uniform() < 0.05 {
+            level = -level;
+        }
+        level + uniform() - 0.5
+    };
+    (0..tokens).map(|_| next()).collect()
+}
+
+#[divan::bench(args = TOKENS)]
+fn schmitt_hysteresis_mask(bencher: Bencher, tokens: usize) {
+    fast_schmitt(bencher, tokens, Between::Hold);
+}
+
+#[divan::bench(args = TOKENS)]
+fn schmitt_dead_zone_mask(bencher: Bencher, tokens: usize) {
+    fast_schmitt(bencher, tokens, Between::Neutral);
+}
+
+fn fast_schmitt(bencher: Bencher, tokens: usize, between: Between) {
+    let (signal, mut keep) = (signal(tokens), vec![false; tokens]);
+    let trigger = SchmittTrigger::new(0.0, 0.3, between);
+    bencher.counter(ItemsCount::new(tokens)).bench_local(|| {
+        schmitt_mask(
+            black_box(&signal),
+            trigger,
+            Sign::Positive,
+            Neutral::Drop,
+            &mut keep,
+        );
+        black_box(&keep);
+    });
+}
+
+#[divan::bench(args = TOKENS)]
+fn jump_mask_mean(bencher: Bencher, tokens: usize) {
+    let (signal, mut keep) = (signal(tokens), vec![false; tokens]);
+    bencher.counter(ItemsCount::new(tokens)).bench_local(|| {
+        let signal = black_box(&signal);
+        jump_mask(
+            signal,
+            1.2,
+            (0.0, 0.0),
+            Score::Mean,
+            Sign::Positive,
+            Neutral::Drop,
+            &mut keep,
+        );
+        black_box(&keep);
+    });
+}
+
+/// The front door: everything that a recipe does for one response, records and all.
+#[divan::bench(args = TOKENS, consts = [0, 1, 2, 3, 4, 5, 6])]
+fn assign<const RULE: usize>(bencher: Bencher, tokens: usize) {
+    let rule = [
+        "cut = 'sequence'",
+        "cut = 'token'",
+        "cut = 'fixed'\ncut_tokens = 16",
+        "cut = 'punctuation'",
+        "cut = 'jump'\njump = 1.2",
+        "cut = 'schmitt'\noffset = 0.3",
+        "cut = 'external'",
+    ][RULE];
+    let rule = toml::from_str::<CreditConfig>(rule)
+        .unwrap()
+        .resolve()
+        .unwrap();
+    let signal = signal(tokens);
+    let texts: Vec<&str> = (0..tokens)
+        .map(|t| if t % 17 == 16 { "." } else { " word" })
+        .collect();
+    let cuts: Vec<usize> = (0..tokens).step_by(19).collect();
+    let response = Response {
+        texts: Some(&texts),
+        cuts: Some(&cuts),
+        ..Response::new(1, 0, &signal, Sign::Positive)
+    };
+    let mut credit = Credit::new(rule, 1);
+    bencher
+        .counter(ItemsCount::new(tokens))
+        .bench_local(|| credit.assign(black_box(&[response])).unwrap());
 }
