@@ -349,7 +349,8 @@ impl<'a> Reader<'a> {
             shape,
             storage,
             offset: self.u64("a tensor's offset")?,
-            bytes: (elements / block) as u64 * block_bytes as u64,
+            // Saturated, it lies outside every file.
+            bytes: ((elements / block) as u64).saturating_mul(block_bytes as u64),
         })
     }
 
