@@ -17,11 +17,11 @@ const AXIS: f64 = 26.0;
 /// Colours of a plot that stands alone; inside the page the page's own apply.
 const STYLE: &str = "\
 .forest{background:#fcfcfb;font:12px system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}\
-.forest text{fill:#1d2126}.forest .quiet{fill:#656c75}\
+.forest text{fill:#1d2126;paint-order:stroke;stroke:#fcfcfb;stroke-width:4px}.forest .quiet{fill:#656c75}\
 .forest .rule{stroke:#d9dcdf}.forest .reference{stroke:#8a9099;stroke-dasharray:3 3}\
 .forest .whisker,.forest .mark{stroke:#3c434b;fill:#3c434b}.forest .seed{fill:#8a9099}\
 .forest .hollow{fill:#fcfcfb}.forest .treatment{stroke:#0b6b8f;fill:#0b6b8f}\
-@media(prefers-color-scheme:dark){.forest{background:#15181c}.forest text{fill:#e4e6e8}\
+@media(prefers-color-scheme:dark){.forest{background:#15181c}.forest text{fill:#e4e6e8;stroke:#15181c}\
 .forest .quiet{fill:#9aa2ab}.forest .rule{stroke:#343a41}.forest .reference{stroke:#737b84}\
 .forest .whisker,.forest .mark{stroke:#c3c9cf;fill:#c3c9cf}.forest .seed{fill:#737b84}\
 .forest .hollow{fill:#15181c}.forest .treatment{stroke:#63bce0;fill:#63bce0}}";
@@ -49,7 +49,7 @@ impl Scale {
         }
         let margin = 0.04 * (high - low);
         let (low, high) = (low - margin, high + margin);
-        let rough = (high - low) / 4.0;
+        let rough = (high - low) / 5.0;
         let power = 10f64.powf(rough.log10().floor());
         let factor = [1.0, 2.0, 5.0, 10.0]
             .into_iter()

@@ -1,5 +1,6 @@
 //! The text view of one response.
 
+#[allow(dead_code, reason = "the other tests use the rest of it")]
 mod sample;
 
 use pivotal_core::Side;

@@ -28,7 +28,7 @@ fn arm(key: &str, label: &str, role: Role, lr: &str, metrics: &[(&str, [f64; 3])
 }
 
 /// Characters as tokens, a segment a run of one sign (hysteresis around 0 with δ = 0.5), kept where it agrees.
-pub fn record(text: &str, wrong: &[usize], side: Side, tilt: f32) -> CreditRecord {
+pub(crate) fn record(text: &str, wrong: &[usize], side: Side, tilt: f32) -> CreditRecord {
     let texts: Vec<String> = text.chars().map(String::from).collect();
     let truth: Vec<bool> = (0..texts.len())
         .map(|index| !wrong.contains(&index))
@@ -85,7 +85,7 @@ pub fn record(text: &str, wrong: &[usize], side: Side, tilt: f32) -> CreditRecor
 }
 
 /// A pair under two signals.
-pub fn pair(title: &str) -> PairView {
+pub(crate) fn pair(title: &str) -> PairView {
     let chosen = "52-06=46;46+16=62;62+14=76;76-16=60;\n";
     let rejected = "52-06=56;56+16=72;72+14=86;86-16=60;\n";
     let signal = |label: &str, tilt: f32| SignalPair {
@@ -105,7 +105,7 @@ pub fn pair(title: &str) -> PairView {
 }
 
 /// Six arms, three metrics, three seeds.
-pub fn study() -> Study {
+pub(crate) fn study() -> Study {
     let mut treatment = arm(
         "log_ratio",
         "Segment credit, log_ratio",
