@@ -48,8 +48,11 @@ pub struct ProductShape {
     pub k: usize,
 }
 
-/// Below this many rows the `gemm` crate spends its time repacking the other operand.
+/// Below this many rows `a · bᵀ` costs the `gemm` crate more for repacking `b` than for multiplying.
 const FEW_ROWS: usize = 64;
+/// For `a · b` it repacks cheaply, so only few rows against a weight larger than the caches are better off without.
+const FEW_ROWS_NN: usize = 32;
+const LARGE_WEIGHT: usize = 1 << 22;
 /// Multiply-adds below which a second thread does not pay for its start.
 const PARALLEL_WORK: usize = 1 << 18;
 
@@ -118,7 +121,7 @@ pub fn matmul_nn(
     if precision == Precision::Bf16 && bf16_product(a, (k, 1), b, (n, 1), out, shape, store) {
         return;
     }
-    if m < FEW_ROWS {
+    if m < FEW_ROWS_NN && n * k >= LARGE_WEIGHT {
         return small::few_rows_nn(a, b, out, shape, store);
     }
     f32_product(
@@ -280,7 +283,7 @@ mod tests {
     use crate::testing::{assert_close, naive_product, on_threads, random};
     use proptest::prelude::*;
 
-    // f32 sums of up to 1100 terms of size about 1.
+    // f32 sums of up to 2100 terms of size about 1.
     const F32_TOLERANCE: f64 = 5e-5;
     // Each operand is off by at most 2^-9 of itself (8 bits of mantissa, to nearest), so a term by 2^-8 and a sum of random
     // signs by much less; tiny sums see the whole of it.
@@ -288,8 +291,10 @@ mod tests {
 
     type Product = fn(&[f32], &[f32], &mut [f32], ProductShape, Store, Precision);
 
-    /// The three forms with the strides of their logical operands.
-    fn forms(shape: ProductShape) -> [(&'static str, Product, (usize, usize), (usize, usize)); 3] {
+    /// A form's name, the function, and the (row, column) strides of its two logical operands.
+    type Form = (&'static str, Product, (usize, usize), (usize, usize));
+
+    fn forms(shape: ProductShape) -> [Form; 3] {
         let ProductShape { m, n, k } = shape;
         [
             ("nt", matmul_nt, (k, 1), (1, k)),
@@ -344,12 +349,32 @@ mod tests {
         );
         compare(
             ProductShape {
+                m: 9,
+                n: 50,
+                k: 2100,
+            },
+            Store::Replace,
+        );
+        compare(
+            ProductShape {
                 m: 3,
                 n: 1300,
                 k: 40,
             },
             Store::Replace,
         );
+    }
+
+    #[test]
+    fn few_rows_against_a_large_weight_agree_with_f64() {
+        let (n, k) = (64, LARGE_WEIGHT / 64);
+        let shape = ProductShape { m: 2, n, k };
+        let (a, b) = (random(2 * k, 1), random(n * k, 2));
+        let expected = naive_product(&a, (k, 1), &b, (n, 1), &[], shape, Store::Replace);
+        let mut out = vec![f32::NAN; 2 * n];
+        matmul_nn(&a, &b, &mut out, shape, Store::Replace, Precision::F32);
+        // Sums of 65536 terms of random sign, about 100 in size.
+        assert_close("nn", &out, &expected, 1e-4);
     }
 
     #[test]
