@@ -14,6 +14,10 @@ use crate::optimizer::{GradientSum, NamedAdamW};
 use crate::score::{ranges_of, values};
 use crate::settings::OptimizerSettings;
 
+mod recipe;
+
+pub use recipe::{DpoConfig, DpoRunFlags, Summary, train};
+
 /// A pair, ready for its step.
 #[derive(Clone, Debug)]
 pub struct DpoItem {

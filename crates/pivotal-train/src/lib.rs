@@ -4,17 +4,25 @@
 //! [`reward`] train; [`annotate`] scores every token of a data set. What they share are functions: the [`optimizer`]
 //! over named parameters, the [`run`] directory, [`score`] for everything that needs no gradient.
 
+pub mod annotate;
+mod checkpoint;
 mod config_file;
 pub mod dpo;
 mod error;
 pub mod optimizer;
+mod progress;
+pub mod reference;
 pub mod reward;
+pub mod run;
 mod schedule;
 pub mod score;
 pub mod settings;
 pub mod sft;
+pub mod signals;
 mod table;
+pub mod workspace;
 
 pub use config_file::{read_config, show_config};
 pub use error::{Error, Result};
+pub use run::StartMode;
 pub use schedule::Schedule;

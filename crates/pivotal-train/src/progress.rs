@@ -6,5 +6,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 pub(crate) fn bar(name: &str, steps: u64) -> ProgressBar {
     let style = ProgressStyle::with_template("{prefix} {bar:30} {pos}/{len} {msg} eta {eta}")
         .expect("the template is fixed");
-    ProgressBar::new(steps).with_style(style).with_prefix(name.to_owned())
+    ProgressBar::new(steps)
+        .with_style(style)
+        .with_prefix(name.to_owned())
 }

@@ -15,6 +15,10 @@ use crate::optimizer::{GradientSum, NamedAdamW};
 use crate::score::{ranges_of, values};
 use crate::settings::{OptimizerSettings, RewardSettings};
 
+mod recipe;
+
+pub use recipe::{RewardConfig, RewardRunFlags, Summary, train};
+
 /// One step's numbers: means over its pairs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct RewardMetrics {

@@ -12,6 +12,10 @@ use crate::optimizer::{GradientSum, NamedAdamW};
 use crate::score::{ranges_of, values};
 use crate::settings::OptimizerSettings;
 
+mod recipe;
+
+pub use recipe::{SftConfig, SftFlags, Summary, train};
+
 /// One step's numbers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct SftMetrics {

@@ -1,0 +1,213 @@
+//! `pivotal annotate`: a signal for every token of a file of preferences, segmented and masked, one record a response.
+
+use std::path::PathBuf;
+
+use pivotal_credit::{CreditConfig, DiagnosticsReport, increment, log_ratio};
+use pivotal_data::{DataSet, ReadOptions, tokenize_pairs};
+use pivotal_model::RewardModel;
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+use crate::score::{Group, token_logps, token_values};
+use crate::settings::{
+    AnnotateFlags, AnnotateSettings, AnnotatedSignal, CreditFlags, DataFlags, DataSettings,
+    ModelFlags, ModelSettings, RunFlags, RunSettings,
+};
+use crate::signals::{self, PairSignals};
+use crate::table::recipe;
+use crate::workspace::Workspace;
+
+recipe! {
+    /// The configuration of `pivotal annotate`.
+    pub struct AnnotateConfig, AnnotateRunFlags {
+        /// `[model]`
+        model: ModelSettings, ModelFlags;
+        /// `[data]`
+        data: DataSettings, DataFlags;
+        /// `[annotate]`
+        annotate: AnnotateSettings, AnnotateFlags;
+        /// `[run]`
+        run: RunSettings, RunFlags;
+        /// `[credit]`
+        credit: CreditConfig, CreditFlags;
+    }
+}
+
+/// What was annotated.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// The file of records.
+    pub records: PathBuf,
+    /// Pairs annotated.
+    pub pairs: usize,
+    /// Pairs dropped because the length limits left nothing of a response.
+    pub dropped: usize,
+    /// Pairs whose chosen response has the higher mean signal; a tie counts half. It says nothing about single tokens.
+    pub pair_accuracy: f64,
+    /// What credit did.
+    pub credit: Option<DiagnosticsReport>,
+    /// Warnings about the masks.
+    pub warnings: Vec<String>,
+}
+
+/// Runs the recipe.
+///
+/// # Errors
+/// [`Error`]: its kind says whose fault it is. An existing file of records is refused unless `overwrite`.
+pub fn annotate(config: &AnnotateConfig, overwrite: bool) -> Result<Summary> {
+    let path = &config.annotate.records;
+    if path.as_os_str().is_empty() {
+        let expected = "the file of credit records to write";
+        return Err(Error::Setting {
+            key: "records",
+            found: "empty".into(),
+            expected,
+        });
+    }
+    if path.exists() && !overwrite {
+        return Err(Error::RunExists { path: path.clone() });
+    }
+    let data = DataSet::read(&config.data.path, ReadOptions::default())?;
+    let workspace = Workspace::load(&config.model)?;
+    let options = config
+        .data
+        .tokenize_options(workspace.decoder.config().vocab_size);
+    let tokenized = tokenize_pairs(
+        &data,
+        &workspace.tokenizer,
+        workspace.template.as_ref(),
+        &options,
+    )?;
+    let pairs = tokenized.items;
+    let groups: Vec<_> = pairs.iter().map(Group::of_pair).collect();
+
+    let (signal, reference_logps) = match config.annotate.signal {
+        AnnotatedSignal::LogRatio => {
+            let (signal, reference) = log_ratios(config, &workspace, &groups)?;
+            (signal, Some(reference))
+        }
+        kind => {
+            let path = &config.annotate.reward_model;
+            require("reward-model", path)?;
+            let model = workspace.reward_model(path, config.model.precision)?;
+            (
+                levels(kind, &model, &groups, config.annotate.micro_batch_tokens)?,
+                None,
+            )
+        }
+    };
+    let known: Vec<PairSignals> = signal
+        .iter()
+        .map(|[chosen, rejected]| PairSignals {
+            signal: [Some(chosen.clone()), Some(rejected.clone())],
+            ..PairSignals::default()
+        })
+        .collect();
+    let mut credit = config.credit.clone();
+    credit.signal = match config.annotate.signal {
+        AnnotatedSignal::LogRatio => pivotal_credit::Signal::LogRatio,
+        AnnotatedSignal::Level => pivotal_credit::Signal::Level,
+        AnnotatedSignal::Increment => pivotal_credit::Signal::Increment,
+    };
+    let given = signals::assign(
+        &pairs,
+        &known,
+        Some(&workspace.tokenizer),
+        &credit,
+        config.run.seed,
+    )?;
+    let (report, warnings) = (given.report.clone(), given.warnings.clone());
+    let logps = reference_logps.as_deref();
+    let records = signals::records(&pairs, &known, given, logps, &workspace.tokenizer)?;
+    signals::write_records(path, &records)?;
+    Ok(Summary {
+        records: path.clone(),
+        pairs: pairs.len(),
+        dropped: tokenized.dropped,
+        pair_accuracy: pair_accuracy(&signal),
+        credit: report,
+        warnings,
+    })
+}
+
+type Signals = Vec<[Vec<f32>; 2]>;
+
+fn log_ratios(
+    config: &AnnotateConfig,
+    workspace: &Workspace,
+    groups: &[Group<'_>],
+) -> Result<(Signals, Signals)> {
+    let settings = &config.annotate;
+    require("oracle", &settings.oracle)?;
+    let oracle = workspace.other_policy(&settings.oracle, config.model.precision)?;
+    if oracle.config().vocab_size != workspace.decoder.config().vocab_size {
+        return Err(Error::Setting {
+            key: "oracle",
+            found: format!("a model with {} token ids", oracle.config().vocab_size),
+            expected: "a model with the vocabulary of `model`",
+        });
+    }
+    let budget = settings.micro_batch_tokens;
+    let reference = token_logps(&workspace.decoder.base(), groups, budget)?;
+    let oracle = token_logps(&oracle, groups, budget)?;
+    let signals = oracle
+        .iter()
+        .zip(&reference)
+        .map(|(oracle, reference)| {
+            let side = |side: usize| {
+                log_ratio(settings.signal_beta as f32, &oracle[side], &reference[side])
+            };
+            Ok([side(0)?, side(1)?])
+        })
+        .collect::<Result<_>>()?;
+    Ok((signals, reference.into_iter().map(two).collect()))
+}
+
+fn levels(
+    kind: AnnotatedSignal,
+    model: &RewardModel,
+    groups: &[Group<'_>],
+    micro_batch_tokens: usize,
+) -> Result<Signals> {
+    let values = token_values(model, groups, micro_batch_tokens)?;
+    let signal = |group: Vec<crate::score::ResponseValues>| {
+        let responses = group.into_iter().map(|values| match kind {
+            AnnotatedSignal::Increment => increment(values.prompt_value, &values.levels),
+            _ => values.levels,
+        });
+        two(responses.collect())
+    };
+    Ok(values.into_iter().map(signal).collect())
+}
+
+fn two(mut sides: Vec<Vec<f32>>) -> [Vec<f32>; 2] {
+    let rejected = sides.pop().unwrap_or_default();
+    [sides.pop().unwrap_or_default(), rejected]
+}
+
+fn require(key: &'static str, path: &std::path::Path) -> Result<()> {
+    match path.as_os_str().is_empty() {
+        true => Err(Error::Setting {
+            key,
+            found: "empty".into(),
+            expected: "a run, adapter or model directory",
+        }),
+        false => Ok(()),
+    }
+}
+
+/// The share of pairs whose chosen response has the higher mean signal.
+pub fn pair_accuracy(signals: &[[Vec<f32>; 2]]) -> f64 {
+    let mean = |values: &[f32]| {
+        values.iter().map(|&value| f64::from(value)).sum::<f64>() / values.len().max(1) as f64
+    };
+    let right = signals.iter().map(|[chosen, rejected]| {
+        let (chosen, rejected) = (mean(chosen), mean(rejected));
+        if chosen == rejected {
+            0.5
+        } else {
+            f64::from(u8::from(chosen > rejected))
+        }
+    });
+    right.sum::<f64>() / signals.len().max(1) as f64
+}

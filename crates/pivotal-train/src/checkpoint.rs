@@ -1,0 +1,157 @@
+//! Checkpoints: whole or not there, with checksums, the last two kept.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use pivotal_core::{FileError, read_checked, sync_directory, write_checked};
+use pivotal_model::{HostTensor, Parameters, read_tensors, tensors_to_bytes};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::optimizer::NamedAdamW;
+use crate::run::write_error;
+
+/// How many checkpoints a run keeps: should the last be damaged, the one before it loads.
+const KEPT: usize = 2;
+const PARAMETERS: &str = "parameters.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "state.json";
+
+/// Where a run stands; the data's order is a function of seed and step, so that this is enough.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct State {
+    step: u64,
+}
+
+/// Writes the trainable parameters and the optimizer's state after `step` steps.
+///
+/// The files go to a hidden directory that is renamed last; older checkpoints than the last two are then removed.
+///
+/// # Errors
+/// [`Error::File`]; the checkpoints that were there stay.
+pub(crate) fn save(
+    run: &Path,
+    step: u64,
+    model: &mut impl Parameters,
+    optimizer: &NamedAdamW,
+) -> Result<()> {
+    let directory = run.join("checkpoints");
+    let temporary = directory.join(".unfinished");
+    let _ = std::fs::remove_dir_all(&temporary);
+    std::fs::create_dir_all(&temporary).map_err(|source| write_error(&temporary, source))?;
+    let mut parameters = BTreeMap::new();
+    model.visit_parameters(&mut |name, parameter| {
+        if parameter.is_trainable() {
+            parameters.insert(name.to_owned(), parameter.to_host());
+        }
+    });
+    write_checked(&temporary.join(PARAMETERS), &tensors_to_bytes(&parameters)?)?;
+    write_checked(
+        &temporary.join(OPTIMIZER),
+        &tensors_to_bytes(&optimizer.state())?,
+    )?;
+    let state = serde_json::to_vec(&State { step }).expect("a state is plain data");
+    write_checked(&temporary.join(STATE), &state)?;
+    let path = directory.join(format!("step-{step:08}"));
+    let _ = std::fs::remove_dir_all(&path);
+    std::fs::rename(&temporary, &path)
+        .and_then(|()| sync_directory(&directory))
+        .map_err(|source| write_error(&path, source))?;
+    let all = list(run);
+    for old in all.iter().rev().skip(KEPT) {
+        std::fs::remove_dir_all(old).map_err(|source| write_error(old, source))?;
+    }
+    Ok(())
+}
+
+/// Puts the newest checkpoint that loads into `model` and `optimizer`, and returns its step.
+///
+/// # Errors
+/// [`Error::NoCheckpoint`] with the fault of each, if none loads; [`Error::Checkpoint`] if it belongs to another model.
+pub(crate) fn restore(
+    run: &Path,
+    model: &mut impl Parameters,
+    optimizer: &mut NamedAdamW,
+) -> Result<u64> {
+    let mut reasons = Vec::new();
+    for path in list(run).iter().rev() {
+        match read(path) {
+            Ok((step, mut parameters, moments)) => {
+                assign(model, &mut parameters)?;
+                optimizer.restore(&moments)?;
+                return Ok(step);
+            }
+            Err(error) => reasons.push(error.to_string()),
+        }
+    }
+    Err(Error::NoCheckpoint {
+        path: run.into(),
+        reasons,
+    })
+}
+
+type Tensors = BTreeMap<String, HostTensor>;
+
+fn read(path: &Path) -> Result<(u64, Tensors, Tensors)> {
+    let state: State =
+        serde_json::from_slice(&read_checked(&path.join(STATE))?).map_err(|error| {
+            Error::Checkpoint {
+                what: format!("a readable `{STATE}`: {error}"),
+            }
+        })?;
+    for file in [PARAMETERS, OPTIMIZER] {
+        let checksum = path.join(format!("{file}.blake3"));
+        if !checksum.is_file() {
+            let source = std::io::ErrorKind::NotFound.into();
+            return Err(Error::File(FileError::Read {
+                path: checksum,
+                source,
+            }));
+        }
+    }
+    Ok((
+        state.step,
+        read_tensors(&path.join(PARAMETERS))?,
+        read_tensors(&path.join(OPTIMIZER))?,
+    ))
+}
+
+fn assign(model: &mut impl Parameters, parameters: &mut Tensors) -> Result<()> {
+    let mut outcome = Ok(());
+    model.visit_parameters(&mut |name, parameter| {
+        if outcome.is_ok() && parameter.is_trainable() {
+            outcome = match parameters.remove(name) {
+                Some(value) => parameter.assign(name, &value).map_err(Error::from),
+                None => Err(Error::Checkpoint {
+                    what: format!("`{name}`"),
+                }),
+            };
+        }
+    });
+    outcome?;
+    match parameters.keys().next() {
+        None => Ok(()),
+        Some(name) => Err(Error::Checkpoint {
+            what: format!("a place for `{name}`"),
+        }),
+    }
+}
+
+/// The checkpoints of a run, oldest first.
+fn list(run: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(run.join("checkpoints"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    let mut paths: Vec<PathBuf> = entries
+        .map(|entry| entry.path())
+        .filter(|path| {
+            path.file_name()
+                .and_then(|name| name.to_str())
+                .is_some_and(|n| n.starts_with("step-"))
+        })
+        .collect();
+    paths.sort();
+    paths
+}

@@ -1,0 +1,203 @@
+//! `pivotal dpo`: from a model and a file of preferences to an aligned adapter.
+
+use std::path::{Path, PathBuf};
+
+use pivotal_credit::{CreditConfig, DiagnosticsReport};
+use pivotal_data::{BatchOptions, Batcher, Cursor, DataSet, Order, ReadOptions, tokenize_pairs};
+use serde::Serialize;
+
+use super::{DpoItem, DpoMetrics, DpoObjective, optimize};
+use crate::checkpoint;
+use crate::error::Result;
+use crate::optimizer::NamedAdamW;
+use crate::progress;
+use crate::reference::pair_logps;
+use crate::run::{Run, StartMode, manifest};
+use crate::settings::{
+    CreditFlags, DataFlags, DataSettings, DpoFlags, DpoSettings, LoraFlags, LoraSettings,
+    ModelFlags, ModelSettings, OptimizerFlags, OptimizerSettings, RunFlags, RunSettings,
+};
+use crate::signals;
+use crate::table::recipe;
+use crate::workspace::Workspace;
+
+recipe! {
+    /// The configuration of `pivotal dpo`.
+    pub struct DpoConfig, DpoRunFlags {
+        /// `[model]`
+        model: ModelSettings, ModelFlags;
+        /// `[lora]`
+        lora: LoraSettings, LoraFlags;
+        /// `[data]`
+        data: DataSettings, DataFlags;
+        /// `[dpo]`
+        dpo: DpoSettings, DpoFlags;
+        /// `[optimizer]`
+        optimizer: OptimizerSettings, OptimizerFlags;
+        /// `[run]`
+        run: RunSettings, RunFlags;
+        /// `[credit]`
+        credit: CreditConfig, CreditFlags;
+    }
+}
+
+/// What a run came to; `summary.json`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// Where the result lies.
+    pub result: PathBuf,
+    /// Pairs trained on.
+    pub pairs: usize,
+    /// Pairs dropped because the length limits left nothing of a response.
+    pub dropped: usize,
+    /// Responses that lost their end to the length limits.
+    pub truncated_responses: usize,
+    /// Optimizer steps taken in all.
+    pub steps: u64,
+    /// The last step's metrics.
+    pub last: DpoMetrics,
+    /// What credit did, where it segmented a signal.
+    pub credit: Option<DiagnosticsReport>,
+    /// Warnings about the masks.
+    pub warnings: Vec<String>,
+}
+
+/// Runs the recipe.
+///
+/// # Errors
+/// [`crate::Error`]: its kind says whose fault it is. Nothing is written before the inputs have been read and checked.
+pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
+    let out = &config.run.out;
+    Run::check(out, mode)?;
+    config.credit.resolve()?;
+    let data = DataSet::read(&config.data.path, ReadOptions::default())?;
+    let mut workspace = Workspace::load(&config.model)?;
+    let options = config
+        .data
+        .tokenize_options(workspace.decoder.config().vocab_size);
+    let tokenized = tokenize_pairs(
+        &data,
+        &workspace.tokenizer,
+        workspace.template.as_ref(),
+        &options,
+    )?;
+    let pairs = tokenized.items;
+
+    let known = match config.dpo.signals.as_os_str().is_empty() {
+        true => signals::from_columns(&tokenized.external),
+        false => signals::from_records(&config.dpo.signals, &pairs)?,
+    };
+    let seed = config.run.seed;
+    let credit = signals::assign(
+        &pairs,
+        &known,
+        Some(&workspace.tokenizer),
+        &config.credit,
+        seed,
+    )?;
+    let (report, warnings) = (credit.report.clone(), credit.warnings.clone());
+
+    let reference = workspace.decoder.base();
+    let hash = Workspace::decoder_hash(&reference, config.model.precision)?;
+    let budget = config.optimizer.micro_batch_tokens;
+    let cache = reference_cache(config);
+    let reference_logps = pair_logps(&reference, &pairs, budget, &cache, &hash)?;
+    drop(reference);
+
+    let mut policy = workspace.trainable(&config.lora, seed)?;
+    let mut optimizer = NamedAdamW::new(&config.optimizer);
+    let inputs = [config.data.path.as_path(), &config.dpo.signals];
+    let inputs: Vec<&Path> = inputs
+        .into_iter()
+        .filter(|path| !path.as_os_str().is_empty())
+        .collect();
+    let mut run = Run::open(out, mode, config, &manifest("dpo", seed, &inputs)?)?;
+    let start = match mode {
+        StartMode::Resume => checkpoint::restore(out, &mut policy, &mut optimizer)?,
+        _ => 0,
+    };
+    run.rewind(start)?;
+
+    let keep = credit.keep.clone();
+    if !credit.given.is_empty() {
+        let logps = Some(&reference_logps[..]);
+        let records = signals::records(&pairs, &known, credit, logps, &workspace.tokenizer)?;
+        signals::write_records(&out.join("credit.jsonl"), &records)?;
+    }
+    let items: Vec<DpoItem> = pairs
+        .into_iter()
+        .zip(keep)
+        .zip(reference_logps)
+        .map(|((pair, keep), reference_logps)| DpoItem {
+            pair,
+            keep,
+            reference_logps,
+        })
+        .collect();
+    let objective = DpoObjective {
+        beta: config.dpo.beta,
+        normalisation: config.dpo.normalisation.into(),
+    };
+
+    let batching = BatchOptions {
+        seed,
+        items_per_batch: config.optimizer.batch,
+        order: Order::Shuffled,
+    };
+    let batches = Batcher::new(vec![1; items.len()], batching, Cursor::default())?;
+    let steps = config.optimizer.total_steps(batches.batches_per_epoch());
+    let batches = batches.skip(start as usize).map(|batch| batch.items);
+    let bar = progress::bar("dpo", steps);
+    bar.set_position(start);
+    let mut last = DpoMetrics::default();
+    let every = config.run.checkpoint_every;
+    optimize(
+        &mut policy,
+        &items,
+        objective,
+        &config.optimizer,
+        &mut optimizer,
+        batches,
+        start..steps,
+        &mut |step, metrics, policy, optimizer| {
+            run.log(step, &metrics)?;
+            bar.set_position(step);
+            bar.set_message(format!(
+                "loss {:.4} accuracy {:.2}",
+                metrics.loss, metrics.accuracy
+            ));
+            last = metrics;
+            match step == steps || (every > 0 && step % every == 0) {
+                true => checkpoint::save(out, step, policy, optimizer),
+                false => Ok(()),
+            }
+        },
+    )?;
+    bar.finish_and_clear();
+    let result = workspace.write_policy(&mut policy, out)?;
+    let summary = Summary {
+        result,
+        pairs: items.len(),
+        dropped: tokenized.dropped,
+        truncated_responses: tokenized.truncated_responses,
+        steps,
+        last,
+        credit: report,
+        warnings,
+    };
+    run.finish(&summary)?;
+    Ok(summary)
+}
+
+/// Beside the run, so that the next run on the same data finds it.
+fn reference_cache(config: &DpoConfig) -> PathBuf {
+    match config.dpo.reference_cache.as_os_str().is_empty() {
+        false => config.dpo.reference_cache.clone(),
+        true => config
+            .run
+            .out
+            .parent()
+            .unwrap_or(Path::new("."))
+            .join(".pivotal-cache"),
+    }
+}

@@ -1,0 +1,139 @@
+//! `pivotal reward`: from a model and a file of preferences to a value a token.
+
+use std::path::PathBuf;
+
+use pivotal_data::{BatchOptions, Batcher, Cursor, DataSet, Order, ReadOptions, tokenize_pairs};
+use pivotal_model::RewardModel;
+use serde::Serialize;
+
+use super::{RewardMetrics, optimize};
+use crate::checkpoint;
+use crate::error::Result;
+use crate::optimizer::NamedAdamW;
+use crate::progress;
+use crate::run::{Run, StartMode, manifest};
+use crate::settings::{
+    DataFlags, DataSettings, LoraFlags, LoraSettings, ModelFlags, ModelSettings, OptimizerFlags,
+    OptimizerSettings, RewardFlags, RewardSettings, RunFlags, RunSettings,
+};
+use crate::table::recipe;
+use crate::workspace::Workspace;
+
+recipe! {
+    /// The configuration of `pivotal reward`.
+    pub struct RewardConfig, RewardRunFlags {
+        /// `[model]`
+        model: ModelSettings, ModelFlags;
+        /// `[lora]`
+        lora: LoraSettings, LoraFlags;
+        /// `[data]`
+        data: DataSettings, DataFlags;
+        /// `[reward]`
+        reward: RewardSettings, RewardFlags;
+        /// `[optimizer]`
+        optimizer: OptimizerSettings, OptimizerFlags;
+        /// `[run]`
+        run: RunSettings, RunFlags;
+    }
+}
+
+/// What a run came to; `summary.json`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// Where the result lies.
+    pub result: PathBuf,
+    /// Pairs trained on.
+    pub pairs: usize,
+    /// Pairs dropped because the length limits left nothing of a response.
+    pub dropped: usize,
+    /// Responses that lost their end to the length limits.
+    pub truncated_responses: usize,
+    /// Optimizer steps taken in all.
+    pub steps: u64,
+    /// The last step's metrics.
+    pub last: RewardMetrics,
+}
+
+/// Runs the recipe.
+///
+/// # Errors
+/// [`crate::Error`]: its kind says whose fault it is. Nothing is written before the inputs have been read and checked.
+pub fn train(config: &RewardConfig, mode: StartMode) -> Result<Summary> {
+    let out = &config.run.out;
+    Run::check(out, mode)?;
+    let data = DataSet::read(&config.data.path, ReadOptions::default())?;
+    let mut workspace = Workspace::load(&config.model)?;
+    let options = config
+        .data
+        .tokenize_options(workspace.decoder.config().vocab_size);
+    let tokenized = tokenize_pairs(
+        &data,
+        &workspace.tokenizer,
+        workspace.template.as_ref(),
+        &options,
+    )?;
+    let pairs = tokenized.items;
+
+    let seed = config.run.seed;
+    let decoder = workspace.trainable(&config.lora, seed)?;
+    let mut model = RewardModel::new(decoder, config.reward.head_init.into(), seed)?;
+    let mut optimizer = NamedAdamW::new(&config.optimizer);
+    let mut run = Run::open(
+        out,
+        mode,
+        config,
+        &manifest("reward", seed, &[&config.data.path])?,
+    )?;
+    let start = match mode {
+        StartMode::Resume => checkpoint::restore(out, &mut model, &mut optimizer)?,
+        _ => 0,
+    };
+    run.rewind(start)?;
+
+    let batching = BatchOptions {
+        seed,
+        items_per_batch: config.optimizer.batch,
+        order: Order::Shuffled,
+    };
+    let batches = Batcher::new(vec![1; pairs.len()], batching, Cursor::default())?;
+    let steps = config.optimizer.total_steps(batches.batches_per_epoch());
+    let batches = batches.skip(start as usize).map(|batch| batch.items);
+    let bar = progress::bar("reward", steps);
+    bar.set_position(start);
+    let mut last = RewardMetrics::default();
+    let every = config.run.checkpoint_every;
+    optimize(
+        &mut model,
+        &pairs,
+        &config.reward,
+        &config.optimizer,
+        &mut optimizer,
+        batches,
+        start..steps,
+        &mut |step, metrics, model, optimizer| {
+            run.log(step, &metrics)?;
+            bar.set_position(step);
+            bar.set_message(format!(
+                "loss {:.4} accuracy {:.2}",
+                metrics.loss, metrics.accuracy
+            ));
+            last = metrics;
+            match step == steps || (every > 0 && step % every == 0) {
+                true => checkpoint::save(out, step, model, optimizer),
+                false => Ok(()),
+            }
+        },
+    )?;
+    bar.finish_and_clear();
+    let result = workspace.write_reward_model(&mut model, out)?;
+    let summary = Summary {
+        result,
+        pairs: pairs.len(),
+        dropped: tokenized.dropped,
+        truncated_responses: tokenized.truncated_responses,
+        steps,
+        last,
+    };
+    run.finish(&summary)?;
+    Ok(summary)
+}

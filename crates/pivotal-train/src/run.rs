@@ -1,0 +1,309 @@
+//! The run directory: resolved configuration, manifest, metrics, checkpoints, results.
+//!
+//! ```text
+//! run/
+//!   config.toml       resolved: `--config run/config.toml` repeats the run
+//!   manifest.json     versions, seed, device, hashes of the inputs
+//!   metrics.jsonl     one line a step
+//!   credit.jsonl      what credit made of every response (dpo)
+//!   checkpoints/      the last two
+//!   adapter/ model/   the result
+//!   summary.json      written last: the run is done
+//! ```
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use pivotal_core::{
+    FileError, FileHash, Manifest, SCHEMA_VERSION, content_hash, read_file, write_atomic,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::config_file::{read_config, show_config};
+use crate::error::{Error, Result};
+
+const CONFIG: &str = "config.toml";
+const MANIFEST: &str = "manifest.json";
+const METRICS: &str = "metrics.jsonl";
+
+/// What to do with a run directory that is there already.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum StartMode {
+    /// Refuse it.
+    #[default]
+    Fresh,
+    /// Continue it.
+    Resume,
+    /// Replace it, if it is a run.
+    Overwrite,
+}
+
+/// An open run directory.
+#[derive(Debug)]
+pub struct Run {
+    path: PathBuf,
+    metrics: File,
+}
+
+impl Run {
+    /// Checks that a run may start at `path` under `mode`, before anything is loaded.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for an empty path, [`Error::RunExists`], [`Error::NotARun`].
+    pub fn check(path: &Path, mode: StartMode) -> Result<()> {
+        if path.as_os_str().is_empty() {
+            let expected = "the run directory to make";
+            return Err(Error::Setting {
+                key: "out",
+                found: "empty".into(),
+                expected,
+            });
+        }
+        match (mode, path.exists()) {
+            (StartMode::Fresh, true) => Err(Error::RunExists { path: path.into() }),
+            (StartMode::Overwrite, true) | (StartMode::Resume, _) => is_run(path),
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes, replaces or opens the directory, and writes its configuration and manifest.
+    ///
+    /// # Errors
+    /// As [`Run::check`]; [`Error::OtherConfig`] if a resumed run had another configuration; [`Error::File`].
+    pub fn open<C: Serialize + DeserializeOwned + PartialEq>(
+        path: &Path,
+        mode: StartMode,
+        config: &C,
+        manifest: &Manifest,
+    ) -> Result<Self> {
+        Self::check(path, mode)?;
+        if mode == StartMode::Resume {
+            same_config(path, config)?;
+        } else {
+            if path.exists() {
+                std::fs::remove_dir_all(path).map_err(|source| write_error(path, source))?;
+            }
+            std::fs::create_dir_all(path).map_err(|source| write_error(path, source))?;
+            // The manifest first: it is what makes a directory a run, which may be overwritten.
+            let manifest =
+                serde_json::to_string_pretty(manifest).expect("a manifest is plain data");
+            write_atomic(&path.join(MANIFEST), format!("{manifest}\n").as_bytes())?;
+            write_atomic(&path.join(CONFIG), show_config(config).as_bytes())?;
+        }
+        let metrics_path = path.join(METRICS);
+        let metrics = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&metrics_path);
+        let metrics = metrics.map_err(|source| write_error(&metrics_path, source))?;
+        Ok(Self {
+            path: path.into(),
+            metrics,
+        })
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Adds a line of metrics.
+    ///
+    /// # Errors
+    /// [`Error::File`] if the disk is full.
+    pub fn log(&mut self, step: u64, metrics: &impl Serialize) -> Result<()> {
+        #[derive(Serialize)]
+        struct Line<'a, M> {
+            step: u64,
+            #[serde(flatten)]
+            metrics: &'a M,
+        }
+        let mut line = serde_json::to_string(&Line { step, metrics }).expect("metrics are numbers");
+        line.push('\n');
+        let written = self.metrics.write_all(line.as_bytes());
+        written.map_err(|source| write_error(&self.path.join(METRICS), source))
+    }
+
+    /// Forgets the metrics of steps after `step`: a resumed run writes them again.
+    ///
+    /// # Errors
+    /// [`Error::File`].
+    pub fn rewind(&mut self, step: u64) -> Result<()> {
+        let path = self.path.join(METRICS);
+        let text = String::from_utf8_lossy(&read_file(&path)?).into_owned();
+        let kept: String = text
+            .lines()
+            .filter(|line| step_of(line).is_some_and(|logged| logged <= step))
+            .flat_map(|line| [line, "\n"])
+            .collect();
+        write_atomic(&path, kept.as_bytes())?;
+        let metrics = OpenOptions::new().append(true).open(&path);
+        self.metrics = metrics.map_err(|source| write_error(&path, source))?;
+        Ok(())
+    }
+
+    /// Writes `summary.json`: the run is done.
+    ///
+    /// # Errors
+    /// [`Error::File`].
+    pub fn finish(&mut self, summary: &impl Serialize) -> Result<()> {
+        let synced = self.metrics.sync_all();
+        synced.map_err(|source| write_error(&self.path.join(METRICS), source))?;
+        let text = serde_json::to_string_pretty(summary).expect("a summary is plain data");
+        Ok(write_atomic(
+            &self.path.join("summary.json"),
+            format!("{text}\n").as_bytes(),
+        )?)
+    }
+}
+
+/// The manifest of a run that starts now.
+///
+/// # Errors
+/// [`Error::File`] if an input cannot be read.
+pub fn manifest(recipe: &str, seed: u64, inputs: &[&Path]) -> Result<Manifest> {
+    let features = ["avx2", "avx512f", "avx512bf16"];
+    let found = features
+        .into_iter()
+        .zip(processor_features())
+        .filter(|(_, has)| *has);
+    let found: Vec<&str> = found.map(|(name, _)| name).collect();
+    let hash = |path: &&Path| -> Result<FileHash> {
+        let blake3 = content_hash(&read_file(path)?);
+        Ok(FileHash {
+            path: path.display().to_string(),
+            blake3,
+        })
+    };
+    Ok(Manifest {
+        schema_version: SCHEMA_VERSION,
+        pivotal_version: env!("CARGO_PKG_VERSION").to_owned(),
+        recipe: recipe.to_owned(),
+        seed,
+        device: format!("cpu {} {}", std::env::consts::ARCH, found.join(" "))
+            .trim_end()
+            .to_owned(),
+        threads: rayon::current_num_threads(),
+        inputs: inputs.iter().map(hash).collect::<Result<_>>()?,
+    })
+}
+
+#[cfg(target_arch = "x86_64")]
+fn processor_features() -> [bool; 3] {
+    [
+        std::arch::is_x86_feature_detected!("avx2"),
+        std::arch::is_x86_feature_detected!("avx512f"),
+        std::arch::is_x86_feature_detected!("avx512bf16"),
+    ]
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn processor_features() -> [bool; 3] {
+    [false; 3]
+}
+
+fn is_run(path: &Path) -> Result<()> {
+    match path.join(MANIFEST).is_file() {
+        true => Ok(()),
+        false => Err(Error::NotARun { path: path.into() }),
+    }
+}
+
+fn same_config<C: Serialize + DeserializeOwned + PartialEq>(path: &Path, config: &C) -> Result<()> {
+    let stored: C = read_config(&path.join(CONFIG))?;
+    if stored == *config {
+        return Ok(());
+    }
+    let (stored, given) = (show_config(&stored), show_config(config));
+    let mut lines = stored
+        .lines()
+        .zip(given.lines())
+        .filter(|(stored, given)| stored != given);
+    let what = lines.next().map_or_else(
+        || "a key was added or left out".to_owned(),
+        |(stored, given)| format!("it has `{stored}`, not `{given}`"),
+    );
+    Err(Error::OtherConfig {
+        path: path.into(),
+        what,
+    })
+}
+
+fn step_of(line: &str) -> Option<u64> {
+    serde_json::from_str::<serde_json::Value>(line)
+        .ok()?
+        .get("step")?
+        .as_u64()
+}
+
+pub(crate) fn write_error(path: &Path, source: std::io::Error) -> Error {
+    Error::File(FileError::Write {
+        path: path.into(),
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::settings::RunSettings;
+
+    fn open(path: &Path, mode: StartMode, seed: u64) -> Result<Run> {
+        let config = RunSettings {
+            seed,
+            ..RunSettings::default()
+        };
+        Run::open(path, mode, &config, &manifest("dpo", seed, &[])?)
+    }
+
+    #[test]
+    fn a_run_is_never_written_over_unasked() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("run");
+        open(&path, StartMode::Fresh, 1).unwrap();
+        assert!(matches!(
+            open(&path, StartMode::Fresh, 1),
+            Err(Error::RunExists { .. })
+        ));
+        open(&path, StartMode::Resume, 1).unwrap();
+        let other = open(&path, StartMode::Resume, 2).unwrap_err().to_string();
+        assert!(
+            other.contains("it has `seed = 1`, not `seed = 2`"),
+            "{other}"
+        );
+        std::fs::write(path.join("mine.txt"), "x").unwrap();
+        open(&path, StartMode::Overwrite, 2).unwrap();
+        assert!(!path.join("mine.txt").exists());
+    }
+
+    #[test]
+    fn a_directory_that_is_no_run_is_not_overwritten() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("mine.txt"), "x").unwrap();
+        let error = open(directory.path(), StartMode::Overwrite, 1).unwrap_err();
+        assert!(matches!(error, Error::NotARun { .. }));
+        assert!(directory.path().join("mine.txt").exists());
+    }
+
+    #[test]
+    fn rewinding_forgets_later_steps_and_torn_lines() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("run");
+        let mut run = open(&path, StartMode::Fresh, 1).unwrap();
+        for step in 1..=3 {
+            run.log(step, &serde_json::json!({ "loss": 0.5 })).unwrap();
+        }
+        let mut torn = OpenOptions::new()
+            .append(true)
+            .open(path.join(METRICS))
+            .unwrap();
+        torn.write_all(b"{\"step\":4,\"lo").unwrap();
+        run.rewind(2).unwrap();
+        run.log(3, &serde_json::json!({ "loss": 0.25 })).unwrap();
+        let text = std::fs::read_to_string(path.join(METRICS)).unwrap();
+        assert_eq!(text.lines().count(), 3);
+        assert!(text.ends_with("{\"step\":3,\"loss\":0.25}\n"), "{text}");
+    }
+}

@@ -1,0 +1,221 @@
+//! A model with its tokenizer and chat template, as recipes load them and write them back.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use pivotal_core::{TokenizerSource, content_hash};
+use pivotal_data::{ChatTemplate, SpecialTokens, Tokenizer};
+use pivotal_model::{
+    AdapterTask, Checkpoint, Decoder, LoraAdapter, RewardModel, load, save, tensors_to_bytes,
+};
+
+use crate::error::{Error, Result};
+use crate::settings::{LoraSettings, ModelSettings, Precision};
+
+/// A loaded model, and what its text needs.
+pub struct Workspace {
+    /// The checkpoint, without its weights once [`Workspace::decoder`] has them.
+    pub checkpoint: Checkpoint,
+    /// The decoder, frozen, with the adapter that the settings name, if any.
+    pub decoder: Decoder,
+    /// The tokenizer.
+    pub tokenizer: Tokenizer,
+    /// The chat template, where the checkpoint has one.
+    pub template: Option<ChatTemplate>,
+    /// Where the checkpoint lies.
+    pub path: PathBuf,
+}
+
+impl Workspace {
+    /// Loads the model, its adapter, its tokenizer and its template.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] without a path; otherwise whatever is wrong with the files.
+    pub fn load(settings: &ModelSettings) -> Result<Self> {
+        if settings.path.as_os_str().is_empty() {
+            let expected = "a Hugging Face directory, a .gguf file or a run directory";
+            return Err(Error::Setting {
+                key: "model",
+                found: "empty".into(),
+                expected,
+            });
+        }
+        let path = match settings.path.join("model").join("config.json").is_file() {
+            true => settings.path.join("model"),
+            false => settings.path.clone(),
+        };
+        let mut checkpoint = load(&path)?;
+        let tokenizer = tokenizer(&checkpoint, &path)?;
+        let text = |id: Option<u32>| id.map(|id| tokenizer.token_text(id)).transpose();
+        let (bos, eos) = (text(tokenizer.bos())?, text(Some(tokenizer.eos()))?);
+        let template = checkpoint.chat_template.as_deref().map(|source| {
+            ChatTemplate::new("chat_template", source, bos.as_deref(), eos.as_deref())
+        });
+        let template = template.transpose()?;
+        let mut decoder = decoder(&checkpoint, settings.precision)?;
+        if !settings.adapter.as_os_str().is_empty() {
+            let adapter = LoraAdapter::load(&adapter_path(&settings.adapter))?;
+            decoder = decoder.with_adapter(&adapter)?;
+        }
+        // The weights now live in the decoder: one copy is enough. A value head stays.
+        checkpoint.tensors.retain(|name, _| name == "score.weight");
+        Ok(Self {
+            checkpoint,
+            decoder,
+            tokenizer,
+            template,
+            path,
+        })
+    }
+
+    /// The decoder, trainable: with a fresh adapter, with the adapter it has, or with every parameter.
+    ///
+    /// # Errors
+    /// If an adapter is asked for that does not fit.
+    pub fn trainable(&mut self, lora: &LoraSettings, seed: u64) -> Result<Decoder> {
+        match lora.spec() {
+            _ if self.decoder.has_adapter() => Ok(self.decoder.clone()),
+            Some(spec) => Ok(self.decoder.clone().with_lora(&spec, seed)?),
+            None => Ok(self.decoder.clone().trainable()),
+        }
+    }
+
+    /// Writes a trained policy: `adapter/` in peft's format if it has an adapter, else `model/`. Returns the path.
+    ///
+    /// # Errors
+    /// [`Error::File`].
+    pub fn write_policy(&self, policy: &mut Decoder, run: &Path) -> Result<PathBuf> {
+        match policy.adapter(self.base_name()) {
+            Some(adapter) => {
+                let path = run.join("adapter");
+                adapter.save(&path)?;
+                Ok(path)
+            }
+            None => self.write_model(run, |checkpoint| policy.store(checkpoint)),
+        }
+    }
+
+    /// Writes a reward model: as [`Workspace::write_policy`], with its value head as `score.weight`.
+    ///
+    /// # Errors
+    /// [`Error::File`].
+    pub fn write_reward_model(&self, model: &mut RewardModel, run: &Path) -> Result<PathBuf> {
+        match model.decoder.adapter(self.base_name()) {
+            Some(mut adapter) => {
+                adapter.task = AdapterTask::SequenceClassification;
+                adapter.value_head = Some(model.head());
+                let path = run.join("adapter");
+                adapter.save(&path)?;
+                Ok(path)
+            }
+            None => self.write_model(run, |checkpoint| model.store(checkpoint)),
+        }
+    }
+
+    fn write_model(&self, run: &Path, store: impl FnOnce(&mut Checkpoint)) -> Result<PathBuf> {
+        let mut checkpoint = self.checkpoint.clone();
+        checkpoint.tokenizer = Some(TokenizerSource::Json(self.tokenizer.to_json().to_vec()));
+        store(&mut checkpoint);
+        let path = run.join("model");
+        save(&checkpoint, &path)?;
+        Ok(path)
+    }
+
+    fn base_name(&self) -> Option<String> {
+        Some(self.path.display().to_string())
+    }
+
+    /// A reward model on this model's tokenizer, off the tape: a run, adapter or model directory of `pivotal reward`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if the directory has no value head.
+    pub fn reward_model(&self, path: &Path, precision: Precision) -> Result<RewardModel> {
+        let missing = || Error::Setting {
+            key: "reward-model",
+            found: path.display().to_string(),
+            expected: "a directory with a value head (`score.weight`), as `pivotal reward` writes it",
+        };
+        let adapter = adapter_path(path);
+        if adapter.join("adapter_config.json").is_file() {
+            let adapter = LoraAdapter::load(&adapter)?;
+            let head = adapter.value_head.as_ref().ok_or_else(missing)?;
+            let decoder = self.decoder.base().with_adapter(&adapter)?;
+            return Ok(RewardModel::with_head(decoder, head)?.detached());
+        }
+        let checkpoint = load(&model_path(path))?;
+        let head = checkpoint.value_head().ok_or_else(missing)?;
+        Ok(RewardModel::with_head(decoder(&checkpoint, precision)?, head)?.detached())
+    }
+
+    /// Another policy on this model's tokenizer, off the tape: a run, adapter or model directory, or a GGUF file.
+    ///
+    /// # Errors
+    /// If it does not load.
+    pub fn other_policy(&self, path: &Path, precision: Precision) -> Result<Decoder> {
+        let adapter = adapter_path(path);
+        if adapter.join("adapter_config.json").is_file() {
+            let adapter = LoraAdapter::load(&adapter)?;
+            return Ok(self.decoder.base().with_adapter(&adapter)?.detached());
+        }
+        decoder(&load(&model_path(path))?, precision)
+    }
+
+    /// A hash of everything that decides a log-probability besides the tokens: weights, adapter, precision.
+    ///
+    /// # Errors
+    /// Never, for weights that came from a file.
+    pub fn decoder_hash(decoder: &Decoder, precision: Precision) -> Result<String> {
+        use pivotal_model::Parameters;
+        let mut hashes = format!("{precision:?} {:?}\n", decoder.config());
+        let mut outcome = Ok(());
+        decoder.clone().visit_parameters(&mut |name, parameter| {
+            let one = std::iter::once((name.to_owned(), parameter.to_host())).collect();
+            match tensors_to_bytes(&one) {
+                Ok(bytes) => hashes.push_str(&content_hash(&bytes)),
+                Err(error) => outcome = Err(error.into()),
+            }
+        });
+        outcome.map(|()| content_hash(hashes.as_bytes()))
+    }
+}
+
+/// Computes are on the processor: Burn's Flex device.
+fn decoder(checkpoint: &Checkpoint, precision: Precision) -> Result<Decoder> {
+    Ok(Decoder::from_checkpoint(
+        checkpoint,
+        &Device::flex(),
+        precision.into(),
+    )?)
+}
+
+fn tokenizer(checkpoint: &Checkpoint, path: &Path) -> Result<Tokenizer> {
+    let missing = |what: &'static str| Error::Setting {
+        key: "model",
+        found: path.display().to_string(),
+        expected: what,
+    };
+    let source = checkpoint.tokenizer.as_ref();
+    let source = source.ok_or_else(|| missing("a model with a `tokenizer.json`"))?;
+    let ids = &checkpoint.config.special_ids;
+    let eos = ids.eos.first().copied();
+    let special = SpecialTokens {
+        bos: ids.bos,
+        eos: eos.ok_or_else(|| missing("a model with an `eos_token_id`"))?,
+        add_bos: matches!(source, TokenizerSource::Bpe(_)).then_some(ids.add_bos),
+    };
+    Ok(Tokenizer::new(source, special)?)
+}
+
+fn adapter_path(path: &Path) -> PathBuf {
+    match path.join("adapter").is_dir() {
+        true => path.join("adapter"),
+        false => path.into(),
+    }
+}
+
+fn model_path(path: &Path) -> PathBuf {
+    match path.join("model").is_dir() {
+        true => path.join("model"),
+        false => path.into(),
+    }
+}
