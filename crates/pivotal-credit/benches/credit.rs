@@ -72,34 +72,28 @@ fn jump_mask_mean(bencher: Bencher, tokens: usize) {
     });
 }
 
-/// The front door: everything that a recipe does for one response, records and all.
-#[divan::bench(args = TOKENS, consts = [0, 1, 2, 3, 4, 5, 6])]
-fn assign<const RULE: usize>(bencher: Bencher, tokens: usize) {
-    let rule = [
-        "cut = 'sequence'",
-        "cut = 'token'",
-        "cut = 'fixed'\ncut_tokens = 16",
-        "cut = 'punctuation'",
-        "cut = 'jump'\njump = 1.2",
-        "cut = 'schmitt'\noffset = 0.3",
-        "cut = 'external'",
-    ][RULE];
-    let rule = toml::from_str::<CreditConfig>(rule)
-        .unwrap()
-        .resolve()
-        .unwrap();
-    let signal = signal(tokens);
-    let texts: Vec<&str> = (0..tokens)
+/// The front door: everything that a recipe does for one response, segments with scores and all.
+#[divan::bench(consts = TOKENS, args = ["sequence", "token", "fixed", "punctuation", "jump", "schmitt", "external"])]
+fn assign<const TOKENS: usize>(bencher: Bencher, cut: &str) {
+    let parameter = match cut {
+        "fixed" => "cut_tokens = 16",
+        "jump" => "jump = 1.2",
+        "schmitt" => "offset = 0.3",
+        _ => "",
+    };
+    let config: CreditConfig = toml::from_str(&format!("cut = '{cut}'\n{parameter}")).unwrap();
+    let signal = signal(TOKENS);
+    let texts: Vec<&str> = (0..TOKENS)
         .map(|t| if t % 17 == 16 { "." } else { " word" })
         .collect();
-    let cuts: Vec<usize> = (0..tokens).step_by(19).collect();
+    let cuts: Vec<usize> = (0..TOKENS).step_by(19).collect();
     let response = Response {
         texts: Some(&texts),
         cuts: Some(&cuts),
         ..Response::new(1, 0, &signal, Sign::Positive)
     };
-    let mut credit = Credit::new(rule, 1);
+    let mut credit = Credit::new(config.resolve().unwrap(), 1);
     bencher
-        .counter(ItemsCount::new(tokens))
+        .counter(ItemsCount::new(TOKENS))
         .bench_local(|| credit.assign(black_box(&[response])).unwrap());
 }

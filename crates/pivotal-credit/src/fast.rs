@@ -29,7 +29,7 @@ pub fn schmitt_mask(
     assert_eq!(signal.len(), keep.len(), "one flag a token");
     let SchmittTrigger { high, low, .. } = trigger;
     let keep_neutral = agree(Sign::Neutral, sequence_sign, neutral);
-    let inside = |reward: f32| !(reward > high) && !(reward < low);
+    let outside = |reward: f32| (reward > high) | (reward < low);
     match (trigger.between, sequence_sign) {
         (Between::Neutral, _) => {
             let positive = agree(Sign::Positive, sequence_sign, neutral);
@@ -37,13 +37,13 @@ pub fn schmitt_mask(
             for (keep, &reward) in keep.iter_mut().zip(signal) {
                 *keep = ((reward > high) & positive)
                     | ((reward < low) & negative)
-                    | (inside(reward) & keep_neutral);
+                    | (!outside(reward) & keep_neutral);
             }
         }
         (Between::Hold, sequence_sign) => {
             let lead = signal
                 .iter()
-                .position(|&reward| !inside(reward))
+                .position(|&reward| outside(reward))
                 .unwrap_or(signal.len());
             let (leading, rest) = keep.split_at_mut(lead);
             leading.fill(keep_neutral);
@@ -56,8 +56,8 @@ pub fn schmitt_mask(
     }
 }
 
-/// A set-reset latch. Sixty-four tokens at a time: with the events as bits, the state is the carry chain of one addition,
-/// since a carry leaves bit t if t sets, or if it enters and t does not reset.
+/// A set-reset latch, in bit operations only: events are random to the branch predictor, and a mispredicted branch costs more
+/// than ten tokens. The chain from one state to the next is two operations long.
 #[inline]
 fn latch(
     signal: &[f32],
