@@ -178,6 +178,31 @@ fn a_forgotten_carry_is_the_tens_digit_one_off() {
 }
 
 #[test]
+fn the_tens_digit_must_belong_to_the_number_that_the_units_digit_fits() {
+    // 44 + 6 = 50; the claim 49 is followed, so 49 and 50 may both be restated.
+    let operations = vec![
+        Operation::new(Operator::Plus, 6).unwrap(),
+        Operation::new(Operator::Plus, 1).unwrap(),
+    ];
+    let problem = Problem::new(44, operations, Some(49)).unwrap();
+    assert_eq!(decode(&problem.prompt()).unwrap(), "^B+60?94A+10=44;");
+    let wrong_in_second_step = |step: &str| {
+        let response = encode(&format!("44B+60=94;{step}")).unwrap();
+        let wrong = wrong_positions(&problem, &response);
+        assert_eq!(wrong[..2], [7, 8]);
+        wrong[2..].to_vec()
+    };
+    assert_eq!(wrong_in_second_step("94A+10=05;$"), []);
+    assert_eq!(wrong_in_second_step("05A+10=15;$"), []);
+    // 40 and 59 mix the two; 38 is neither, and its tens digit fits neither.
+    assert_eq!(wrong_in_second_step("04A+10=14;$"), [11]);
+    assert_eq!(wrong_in_second_step("95A+10=06;$"), [11]);
+    assert_eq!(wrong_in_second_step("83A+10=93;$"), [10, 11]);
+    // A units digit that fits neither is wrong alone where the tens digit fits one.
+    assert_eq!(wrong_in_second_step("85A+10=95;$"), [10]);
+}
+
+#[test]
 fn mistakes_happen_at_their_rates() {
     let rates = MistakeRates::CORPUS;
     let mut stream = random_stream(3, "rates test");
