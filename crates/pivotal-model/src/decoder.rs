@@ -23,23 +23,23 @@ pub struct Decoder {
     device: Device,
     precision: Precision,
     inverse_frequencies: Vec<f32>,
-    embed_tokens: Tensor<2>,
-    layers: Vec<Layer>,
-    norm: Tensor<1>,
+    pub(crate) embed_tokens: Tensor<2>,
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) norm: Tensor<1>,
     lm_head: Option<Tensor<2>>,
 }
 
 #[derive(Clone, Debug)]
-struct Layer {
-    input_layernorm: Tensor<1>,
-    q_proj: Projection,
-    k_proj: Projection,
-    v_proj: Projection,
-    o_proj: Projection,
-    post_attention_layernorm: Tensor<1>,
-    gate_proj: Projection,
-    up_proj: Projection,
-    down_proj: Projection,
+pub(crate) struct Layer {
+    pub(crate) input_layernorm: Tensor<1>,
+    pub(crate) q_proj: Projection,
+    pub(crate) k_proj: Projection,
+    pub(crate) v_proj: Projection,
+    pub(crate) o_proj: Projection,
+    pub(crate) post_attention_layernorm: Tensor<1>,
+    pub(crate) gate_proj: Projection,
+    pub(crate) up_proj: Projection,
+    pub(crate) down_proj: Projection,
 }
 
 impl Decoder {

@@ -130,9 +130,8 @@ impl Decoder {
     pub fn merged(&self) -> Self {
         let mut decoder = self.detached();
         for (_, projection) in decoder.projections() {
-            if let Some(LowRank { a, b, scale }) = projection.adapter.take() {
-                projection.weight = projection.weight.clone() + b.matmul(a).mul_scalar(scale);
-            }
+            projection.weight = projection.merged_weight();
+            projection.adapter = None;
         }
         decoder
     }

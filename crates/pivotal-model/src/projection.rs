@@ -3,7 +3,7 @@
 use burn::tensor::Tensor;
 use pivotal_ops::Precision;
 
-use crate::parameter::{Parameter, Visitor};
+use crate::parameter::{Parameter, Visitor, off_tape};
 
 /// `x Wᵀ + bias`, plus a low-rank update where there is one.
 #[derive(Clone, Debug)]
@@ -38,6 +38,18 @@ impl Projection {
         match &self.bias {
             Some(bias) => y + bias.clone().unsqueeze(),
             None => y,
+        }
+    }
+
+    /// The weight with the update added in, off the tape, `[out, in]`.
+    pub(crate) fn merged_weight(&self) -> Tensor<2> {
+        let weight = off_tape(self.weight.clone());
+        match &self.adapter {
+            None => weight,
+            Some(LowRank { a, b, scale }) => {
+                let (a, b) = (off_tape(a.clone()), off_tape(b.clone()));
+                weight + b.matmul(a).mul_scalar(*scale)
+            }
         }
     }
 
