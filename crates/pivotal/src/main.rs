@@ -1,1 +1,75 @@
-fn main(){}
+//! The `pivotal` binary: parse, resolve, call, print.
+//!
+//! Exit codes: 0 done, 1 the system's fault, 2 the input's, 3 the run diverged.
+
+// Printing is what this crate is for.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod failure;
+mod generate;
+mod logps;
+mod recipes;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::failure::Failure;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Aligns language models with segment-level credit.
+///
+/// A reward signal scores every token of a response, a segmenter cuts the response where that score turns, and training
+/// uses only the segments whose sign agrees with the whole response's.
+#[derive(Parser)]
+#[command(version, max_term_width = 100)]
+struct Arguments {
+    /// Threads to compute with; 0 takes one a core. Results do not depend on it.
+    #[arg(long, global = true, default_value_t = 0)]
+    threads: usize,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Supervised fine-tuning on responses, or on the chosen responses of preferences.
+    Sft(recipes::Sft),
+    /// Train a reward model that gives every token a value.
+    Reward(recipes::Reward),
+    /// Score every token of a preference file; segment and mask it; write credit records.
+    Annotate(recipes::Annotate),
+    /// Direct preference optimization on the segments that credit keeps.
+    Dpo(recipes::Dpo),
+    /// Sample responses to prompts.
+    Generate(generate::Generate),
+    /// Print a text's token ids and the log-probability of each token after the first, as one JSON line.
+    Logps(logps::Logps),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("error: {failure}");
+            ExitCode::from(failure.kind.exit_code())
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> Result<(), Failure> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(arguments.threads);
+    pool.build_global()
+        .map_err(|error| Failure::system(&error))?;
+    match arguments.command {
+        Command::Sft(command) => command.run(),
+        Command::Reward(command) => command.run(),
+        Command::Annotate(command) => command.run(),
+        Command::Dpo(command) => command.run(),
+        Command::Generate(command) => command.run(),
+        Command::Logps(command) => command.run(),
+    }
+}

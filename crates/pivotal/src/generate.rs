@@ -1,0 +1,156 @@
+//! `pivotal generate`: samples responses, one JSON line each.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use clap::Args;
+use pivotal_core::{TokenizedPrompt, write_atomic};
+use pivotal_data::{DataSet, ReadOptions, tokenize_prompts};
+use pivotal_model::{GenerateSettings, Generator, Sampling};
+use pivotal_train::settings::{DataSettings, ModelSettings, Precision};
+use pivotal_train::workspace::Workspace;
+use serde::Serialize;
+
+use crate::failure::Failure;
+
+/// `pivotal generate`.
+#[derive(Args)]
+pub(crate) struct Generate {
+    /// A Hugging Face directory, a .gguf file, or a run directory.
+    #[arg(long)]
+    model: PathBuf,
+    /// A LoRA adapter, or a run directory with one.
+    #[arg(long)]
+    adapter: Option<PathBuf>,
+    /// Operands of matrix products.
+    #[arg(long, default_value = "bf16")]
+    precision: Precision,
+    /// A JSONL file with prompts (strings or messages).
+    #[arg(long, conflicts_with = "prompt", required_unless_present = "prompt")]
+    data: Option<PathBuf>,
+    /// A single prompt; with a chat template it is the user's message.
+    #[arg(long)]
+    prompt: Option<String>,
+    /// Take `--prompt` as it stands, without the chat template.
+    #[arg(long, requires = "prompt")]
+    plain: bool,
+    /// Responses to each prompt.
+    #[arg(long, default_value_t = 1)]
+    samples: usize,
+    /// The longest response, in tokens.
+    #[arg(long, default_value_t = 128)]
+    max_new_tokens: usize,
+    /// Divides the logits; 0 takes the most probable token.
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f64,
+    /// Only this many of the most probable tokens; 0 takes all.
+    #[arg(long, default_value_t = 0)]
+    top_k: usize,
+    /// Only the most probable tokens of this probability together.
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f64,
+    /// Only tokens at least this probable, as a part of the most probable one's probability.
+    #[arg(long, default_value_t = 0.0)]
+    min_p: f64,
+    /// Responses decoded together; changes no result.
+    #[arg(long, default_value_t = 16)]
+    batch: usize,
+    /// Seed of the sampling.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// The file to write; standard output if absent.
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// Replace an existing file.
+    #[arg(long)]
+    overwrite: bool,
+}
+
+#[derive(Serialize)]
+struct Line<'a> {
+    id: u64,
+    sample: usize,
+    response: String,
+    finish: &'static str,
+    token_ids: &'a [u32],
+    token_logps: &'a [f32],
+}
+
+impl Generate {
+    pub(crate) fn run(self) -> Result<(), Failure> {
+        if let Some(out) = self
+            .out
+            .as_ref()
+            .filter(|out| out.exists() && !self.overwrite)
+        {
+            let out = out.display();
+            return Err(Failure::input(format!(
+                "`{out}` exists: give `--overwrite` or another `--out`"
+            )));
+        }
+        let workspace = Workspace::load(&ModelSettings {
+            path: self.model.clone(),
+            adapter: self.adapter.clone().unwrap_or_default(),
+            precision: self.precision,
+        })?;
+        let prompts = self.prompts(&workspace)?;
+        let settings = GenerateSettings {
+            sampling: Sampling {
+                temperature: self.temperature,
+                top_k: (self.top_k > 0).then_some(self.top_k),
+                top_p: self.top_p,
+                min_p: self.min_p,
+            },
+            samples: self.samples,
+            max_tokens: self.max_new_tokens,
+            stop: workspace.decoder.config().special_ids.eos.clone(),
+            batch: self.batch,
+            seed: self.seed,
+        };
+        let generator = Generator::new(&workspace.decoder, self.precision.into());
+        let ids: Vec<&[u32]> = prompts.iter().map(|prompt| &prompt.prompt[..]).collect();
+        let mut lines = Vec::new();
+        for generation in generator.generate(&ids, &settings)? {
+            let line = Line {
+                id: prompts[generation.prompt].id,
+                sample: generation.sample,
+                response: workspace.tokenizer.decode_plain(&generation.token_ids)?,
+                finish: match generation.finish {
+                    pivotal_model::Finish::Stop => "stop",
+                    pivotal_model::Finish::Length => "length",
+                },
+                token_ids: &generation.token_ids,
+                token_logps: &generation.token_logps,
+            };
+            serde_json::to_writer(&mut lines, &line).map_err(|error| Failure::system(&error))?;
+            lines.push(b'\n');
+        }
+        match &self.out {
+            Some(out) => Ok(write_atomic(out, &lines)?),
+            None => std::io::stdout()
+                .write_all(&lines)
+                .map_err(|error| Failure::system(&error)),
+        }
+    }
+
+    fn prompts(&self, workspace: &Workspace) -> Result<Vec<TokenizedPrompt>, Failure> {
+        let data = match (&self.data, &self.prompt) {
+            (Some(path), _) => DataSet::read(path, ReadOptions::default())?,
+            (None, prompt) => {
+                let text = prompt.as_deref().unwrap_or_default();
+                let prompt = match self.plain || workspace.template.is_none() {
+                    true => serde_json::json!({ "prompt": text }),
+                    false => serde_json::json!({ "prompt": [{ "role": "user", "content": text }] }),
+                };
+                DataSet::from_jsonl("--prompt", &prompt.to_string())?
+            }
+        };
+        let settings = DataSettings {
+            max_tokens: 0,
+            ..DataSettings::default()
+        };
+        let options = settings.tokenize_options(workspace.decoder.config().vocab_size);
+        let template = workspace.template.as_ref();
+        Ok(tokenize_prompts(&data, &workspace.tokenizer, template, &options)?.items)
+    }
+}
