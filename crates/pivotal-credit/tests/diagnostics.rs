@@ -198,3 +198,18 @@ fn drift_needs_two_windows_and_survives_a_checkpoint() {
         "the fraction of segments against their response's sign moved by +0.30 over the run"
     );
 }
+
+#[test]
+fn neutral_segments_neither_flip_nor_oppose() {
+    let signal = [1.0, 0.0, -1.0, 0.0, -1.0];
+    let rule = rule("between = 'dead_zone'\noffset = 0.5");
+    let given = Credit::new(rule, 1)
+        .assign(&[Response::new(1, 0, &signal, Sign::Positive)])
+        .unwrap();
+    let mut diagnostics = Diagnostics::default();
+    diagnostics.observe(&given[0], None, None).unwrap();
+    let report = diagnostics.report();
+    // + 0 − 0 −
+    assert_eq!((report.segments, report.flips), (5, 1));
+    close(report.opposing_fraction, 0.4);
+}

@@ -126,11 +126,11 @@ fn scores_and_signs_by_hand() {
 
 #[test]
 fn merging_follows_the_trigger() {
-    let signal = [1.0, 1.0, -1.0, 1.0, -1.0, -1.0, -1.0];
+    let signal = [1.0, 1.0, -1.0, 1.0, 1.0, -1.0, -1.0];
     let given = one("min_len = 2", Response::new(1, 0, &signal, Sign::Positive));
     // The lone − joins the + before it, and the + after it then continues the same segment.
-    assert_eq!((pivots(&given), signs(&given)), (vec![0, 4], "+-".into()));
-    assert_eq!(kept(&given), "xxxx...");
+    assert_eq!((pivots(&given), signs(&given)), (vec![0, 5], "+-".into()));
+    assert_eq!(kept(&given), "xxxxx..");
 }
 
 #[test]
