@@ -268,7 +268,7 @@ mod tests {
         let path = directory.path().join("x.safetensors");
         std::fs::write(&path, bytes).unwrap();
         let tensors = read_all(&path).unwrap();
-        assert_eq!(tensors["b"].values(), [1.0, -2.0, 0.10009765625]);
+        assert_eq!(tensors["b"].values(), [1.0, -2.0, 0.100_097_656]);
         assert_eq!(tensors["f"].values(), [1.0, -2.0, 2.0f32.powi(-24)]);
         assert_eq!(tensors["w"].values()[0].to_bits(), 1 << 31);
         assert_eq!(tensors["w"].shape(), [1, 1]);

@@ -8,9 +8,6 @@ use pivotal_model::{Decoder, load};
 use pivotal_ops::Precision;
 use serde_json::Value;
 
-/// Logits and token log-probabilities of the tiny models, absolute (scripts/golden/README.md).
-pub(crate) const LOGITS: f64 = 1e-4;
-
 /// A file or directory of `tests/golden`.
 pub(crate) fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -18,9 +15,9 @@ pub(crate) fn golden(name: &str) -> PathBuf {
         .join(name)
 }
 
-/// The golden checkpoint `name` as a frozen decoder.
-pub(crate) fn decoder(name: &str, precision: Precision) -> Decoder {
-    let checkpoint = load(&golden(name)).unwrap();
+/// A checkpoint as a frozen decoder.
+pub(crate) fn decoder(path: &Path, precision: Precision) -> Decoder {
+    let checkpoint = load(path).unwrap();
     Decoder::from_checkpoint(&checkpoint, &Device::flex(), precision).unwrap()
 }
 
