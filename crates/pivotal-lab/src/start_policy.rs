@@ -30,6 +30,13 @@ const INIT_STD: f64 = 0.06;
 /// What the digits' waves are scaled to in the initial embedding.
 const WAVE_SCALE: f64 = 0.3;
 
+/// The embedded policy: what [`train`] makes of [`StartPolicySettings::EMBEDDED`].
+pub const EMBEDDED: &[u8] = include_bytes!("../assets/start_policy.safetensors");
+
+/// The BLAKE3 hash of [`EMBEDDED`].
+pub const EMBEDDED_BLAKE3: &str =
+    "19caaac149f21a8691dd5222dc34803d3e7aa00d99fc27e9421c7b7b9a1a9d69";
+
 /// How a start policy is made.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StartPolicySettings {
@@ -167,6 +174,14 @@ pub fn to_bytes(policy: &Decoder) -> Result<Vec<u8>> {
     let mut checkpoint = empty_checkpoint();
     policy.store(&mut checkpoint);
     Ok(tensors_to_bytes(&checkpoint.tensors)?)
+}
+
+/// The embedded policy, frozen.
+///
+/// # Errors
+/// Never for the bytes that are embedded.
+pub fn embedded() -> Result<Decoder> {
+    from_bytes(EMBEDDED)
 }
 
 /// The policy of such bytes, frozen.
