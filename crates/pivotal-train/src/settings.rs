@@ -9,7 +9,7 @@ use pivotal_loss::{Normalisation, ScoreAggregation};
 use pivotal_model::LoraSpec;
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::schedule::Schedule;
 use crate::table::table;
 
@@ -261,7 +261,69 @@ table! {
     }
 }
 
+/// Refuses a number outside its domain, before anything is loaded or written.
+fn domain(key: &'static str, value: f64, expected: &'static str, holds: bool) -> Result<()> {
+    match value.is_finite() && holds {
+        true => Ok(()),
+        false => Err(Error::Setting {
+            key,
+            found: value.to_string(),
+            expected,
+        }),
+    }
+}
+
 impl OptimizerSettings {
+    /// Checks every number's domain.
+    ///
+    /// # Errors
+    /// [`Error::Setting`], naming the flag.
+    pub fn check(&self) -> Result<()> {
+        let not_negative = "a number of at least 0";
+        domain("lr", self.lr, not_negative, self.lr >= 0.0)?;
+        let decay = |value: f64| (0.0..1.0).contains(&value);
+        domain(
+            "beta1",
+            self.beta1,
+            "at least 0 and below 1",
+            decay(self.beta1),
+        )?;
+        domain(
+            "beta2",
+            self.beta2,
+            "at least 0 and below 1",
+            decay(self.beta2),
+        )?;
+        domain("eps", self.eps, "above 0", self.eps > 0.0)?;
+        domain(
+            "weight-decay",
+            self.weight_decay,
+            not_negative,
+            self.weight_decay >= 0.0,
+        )?;
+        domain(
+            "clip-norm",
+            self.clip_norm,
+            not_negative,
+            self.clip_norm >= 0.0,
+        )?;
+        domain("batch", self.batch as f64, "at least 1", self.batch > 0)?;
+        let tokens = self.micro_batch_tokens;
+        domain(
+            "micro-batch-tokens",
+            tokens as f64,
+            "at least 1",
+            tokens > 0,
+        )?;
+        let any = self.epochs > 0 || self.steps > 0;
+        domain(
+            "epochs",
+            self.epochs as f64,
+            "at least 1, or a number of steps",
+            any,
+        )
+    }
+
     /// Optimizer steps over a data set whose epoch has `batches`.
     pub fn total_steps(&self, batches: usize) -> u64 {
         match self.steps {
@@ -297,6 +359,16 @@ table! {
     }
 }
 
+impl DpoSettings {
+    /// Checks every number's domain.
+    ///
+    /// # Errors
+    /// [`Error::Setting`], naming the flag.
+    pub fn check(&self) -> Result<()> {
+        domain("beta", self.beta, "above 0", self.beta > 0.0)
+    }
+}
+
 table! {
     /// Bradley-Terry reward modelling.
     pub struct RewardSettings, RewardFlags {
@@ -308,6 +380,18 @@ table! {
         "token-l2" token_l2: f64 = 0.02,
         /// How the value head begins: zero or normal.
         "head-init" head_init: HeadInit = HeadInit::Zero,
+    }
+}
+
+impl RewardSettings {
+    /// Checks every number's domain.
+    ///
+    /// # Errors
+    /// [`Error::Setting`], naming the flag.
+    pub fn check(&self) -> Result<()> {
+        let expected = "a number of at least 0";
+        domain("center", self.center, expected, self.center >= 0.0)?;
+        domain("token-l2", self.token_l2, expected, self.token_l2 >= 0.0)
     }
 }
 

@@ -32,7 +32,7 @@ macro_rules! table {
             $(
                 $(#[doc = $doc])+
                 #[doc = concat!("[default: ", stringify!($default), "]")]
-                #[arg(long = $flag)]
+                #[arg(id = $flag, long = $flag)]
                 pub $field: Option<$type>,
             )+
         }

@@ -69,6 +69,8 @@ pub struct Summary {
 pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
     let out = &config.run.out;
     Run::check(out, mode)?;
+    config.optimizer.check()?;
+    config.dpo.check()?;
     config.credit.resolve()?;
     let data = DataSet::read(&config.data.path, ReadOptions::default())?;
     let mut workspace = Workspace::load(&config.model)?;

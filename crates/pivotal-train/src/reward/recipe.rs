@@ -61,6 +61,8 @@ pub struct Summary {
 pub fn train(config: &RewardConfig, mode: StartMode) -> Result<Summary> {
     let out = &config.run.out;
     Run::check(out, mode)?;
+    config.optimizer.check()?;
+    config.reward.check()?;
     let data = DataSet::read(&config.data.path, ReadOptions::default())?;
     let mut workspace = Workspace::load(&config.model)?;
     let options = config

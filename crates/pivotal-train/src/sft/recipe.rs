@@ -62,6 +62,7 @@ pub struct Summary {
 pub fn train(config: &SftConfig, mode: StartMode) -> Result<Summary> {
     let out = &config.run.out;
     Run::check(out, mode)?;
+    config.optimizer.check()?;
     let data = DataSet::read(&config.data.path, ReadOptions::default())?;
     let mut workspace = Workspace::load(&config.model)?;
     let options = config

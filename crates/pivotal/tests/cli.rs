@@ -1,0 +1,89 @@
+//! The commands as a person runs them: good input, bad input, a run cut short. On a tiny random Llama.
+
+#[path = "cli/bad_input.rs"]
+mod bad_input;
+#[path = "cli/recipes.rs"]
+mod recipes;
+#[path = "cli/resume.rs"]
+mod resume;
+
+use std::path::{Path, PathBuf};
+use std::process::Output;
+
+use assert_cmd::Command;
+
+/// Four pairs that the tiny tokenizer of printable ASCII can read.
+const PAIRS: &str = r#"{"prompt": "2+2=", "chosen": "4", "rejected": "5, or so"}
+{"prompt": "sky?", "chosen": "It is blue.", "rejected": "It is green. It is."}
+{"prompt": "say hi", "chosen": "hi there", "rejected": "no"}
+{"prompt": "a b", "chosen": "c d e", "rejected": "z y x"}
+"#;
+
+fn golden(family: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../pivotal-model/tests/golden")
+        .join(family)
+}
+
+/// A scratch directory with `pairs.jsonl` in it, in which commands run.
+struct Scratch(tempfile::TempDir);
+
+impl Scratch {
+    fn new() -> Self {
+        let scratch = Self(tempfile::tempdir().unwrap());
+        scratch.write("pairs.jsonl", PAIRS);
+        scratch
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: impl AsRef<[u8]>) {
+        std::fs::write(self.path(name), text).unwrap();
+    }
+
+    fn read(&self, name: &str) -> String {
+        std::fs::read_to_string(self.path(name)).unwrap()
+    }
+
+    fn run(&self, command: &str) -> Output {
+        let model = golden("llama");
+        let arguments = command.split_whitespace().map(|argument| match argument {
+            "MODEL" => model.display().to_string(),
+            other => other.to_owned(),
+        });
+        Command::cargo_bin("pivotal")
+            .unwrap()
+            .current_dir(self.0.path())
+            .args(arguments)
+            .output()
+            .unwrap()
+    }
+
+    /// Standard output of a command that succeeds.
+    fn good(&self, command: &str) -> String {
+        let output = self.run(command);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "`{command}` said {error}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Standard error of a command whose input is at fault; `made` must not exist afterwards.
+    fn bad(&self, command: &str, made: &str) -> String {
+        let output = self.run(command);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "`{command}` said {error}");
+        assert!(
+            made.is_empty() || !self.path(made).exists(),
+            "`{command}` left `{made}` behind"
+        );
+        error
+    }
+}
+
+fn says(error: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(error.contains(part), "expected `{part}` in: {error}");
+    }
+}

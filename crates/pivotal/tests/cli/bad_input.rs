@@ -1,0 +1,180 @@
+//! What bad input gets: exit code 2, a message that names the place, and nothing written.
+
+use super::{Scratch, golden, says};
+
+const DPO: &str = "dpo --model MODEL --credit-selection all --out run --data";
+
+fn data_fault(text: impl AsRef<[u8]>, parts: &[&str]) {
+    let scratch = Scratch::new();
+    scratch.write("bad.jsonl", text);
+    says(
+        &scratch.bad(&format!("{DPO} bad.jsonl"), "run"),
+        &[&["bad.jsonl"], parts].concat(),
+    );
+}
+
+#[test]
+fn rows_are_named() {
+    let good = r#"{"prompt": "a", "chosen": "b", "rejected": "c"}"#;
+    data_fault(format!("{good}\n{{\"prompt\": "), &["2"]);
+    data_fault(
+        format!("{good}\n{{\"prompt\": \"a\", \"chosen\": \"b\"}}"),
+        &["2", "rejected"],
+    );
+    data_fault(
+        r#"{"prompt": "a", "chosen": 3, "rejected": "c"}"#,
+        &["1", "chosen"],
+    );
+    data_fault(
+        r#"{"prompt": "a", "chosen": "", "rejected": "c"}"#,
+        &["1", "chosen", "empty"],
+    );
+    data_fault("", &[]);
+    data_fault([0xff, 0xfe, b'\n'], &["1"]);
+}
+
+#[test]
+fn a_response_cut_away_is_dropped_and_counted_and_all_of_them_is_an_error() {
+    let scratch = Scratch::new();
+    let long = "x".repeat(40);
+    let pairs = format!(
+        "{{\"prompt\": \"{long}\", \"chosen\": \"b\", \"rejected\": \"c\"}}\n{}",
+        super::PAIRS
+    );
+    scratch.write("long.jsonl", pairs);
+    let summary = scratch.good(&format!("{DPO} long.jsonl --max-tokens 32"));
+    says(&summary, &["\"dropped\": 1", "\"pairs\": 4"]);
+    let error = scratch.bad(&format!("{DPO} long.jsonl --max-tokens 2 --overwrite"), "");
+    says(&error, &["long.jsonl"]);
+    says(&scratch.read("run/summary.json"), &["\"pairs\": 4"]);
+}
+
+#[test]
+fn signals_are_checked() {
+    let scratch = Scratch::new();
+    let masked = "dpo --model MODEL --data pairs.jsonl --out run";
+    says(
+        &scratch.bad(masked, "run"),
+        &["`agree` needs a signal", "--signals"],
+    );
+    let row = |signal: &str| {
+        format!(
+            "{{\"prompt\": \"a\", \"chosen\": \"b\", \"rejected\": \"c\", \
+             \"chosen_signal\": {signal}, \"rejected_signal\": [0.5, -1]}}"
+        )
+    };
+    for signal in ["[0.5, null]", "[0.5, 1e999]", "[0.5, NaN]", "[0.5]"] {
+        scratch.write("signal.jsonl", row(signal));
+        let error = scratch.bad("dpo --model MODEL --data signal.jsonl --out run", "run");
+        says(&error, &["signal.jsonl", "1"]);
+    }
+    scratch.write("signal.jsonl", row("[0.5, -0.25]"));
+    scratch.good("dpo --model MODEL --data signal.jsonl --out run");
+
+    scratch.good(&format!("{DPO} pairs.jsonl --overwrite"));
+    scratch.good("annotate --model MODEL --data pairs.jsonl --oracle run --records r.jsonl");
+    let records = scratch.read("r.jsonl");
+    scratch.write("torn.jsonl", &records[..records.len() - 9]);
+    let command = "dpo --model MODEL --data pairs.jsonl --out other --signals";
+    says(
+        &scratch.bad(&format!("{command} torn.jsonl"), "other"),
+        &["torn.jsonl", "line 8"],
+    );
+    let short: String = records
+        .lines()
+        .take(7)
+        .flat_map(|line| [line, "\n"])
+        .collect();
+    scratch.write("short.jsonl", short);
+    says(
+        &scratch.bad(&format!("{command} short.jsonl"), "other"),
+        &["rejected", "row 4"],
+    );
+    let error = scratch.bad(
+        &format!("{command} r.jsonl --max-response-tokens 3"),
+        "other",
+    );
+    says(&error, &["other token ids"]);
+}
+
+#[test]
+fn settings_are_checked() {
+    let scratch = Scratch::new();
+    scratch.write("typo.toml", "[optimizer]\nlearning_rate = 1.0\n");
+    says(
+        &scratch.bad("dpo --config typo.toml", ""),
+        &["typo.toml", "learning_rate", "line 2"],
+    );
+    scratch.write("table.toml", "[optimiser]\nlr = 1.0\n");
+    says(
+        &scratch.bad("dpo --config table.toml", ""),
+        &["table.toml", "optimiser"],
+    );
+    says(
+        &scratch.bad("dpo --credit-cut scissors", ""),
+        &["scissors", "schmitt"],
+    );
+    says(
+        &scratch.bad(&format!("{DPO} pairs.jsonl --beta 0"), ""),
+        &["beta"],
+    );
+    says(&scratch.bad("dpo --no-such-flag", ""), &["--no-such-flag"]);
+    says(
+        &scratch.bad("dpo --data pairs.jsonl --out run", "run"),
+        &["`model` is empty"],
+    );
+    says(
+        &scratch.bad("logps --model MODEL --ids [1,99999]", ""),
+        &["99999", "100"],
+    );
+    says(
+        &scratch.bad("logps --model MODEL --ids [1,-2]", ""),
+        &["--ids"],
+    );
+}
+
+#[test]
+fn models_are_checked() {
+    let scratch = Scratch::new();
+    let command = |model: &str| format!("logps --model {model} --text hello");
+    says(
+        &scratch.bad(&command("nobody/nothing"), ""),
+        &["nobody/nothing", "hub"],
+    );
+    says(&scratch.bad(&command("absent.gguf"), ""), &["absent.gguf"]);
+    scratch.write(
+        "short.gguf",
+        b"GGUF\x03\0\0\0\xff\xff\xff\xff\xff\xff\xff\xff",
+    );
+    says(
+        &scratch.bad(&command("short.gguf"), ""),
+        &["short.gguf", "byte"],
+    );
+    let copy = scratch.path("copy");
+    std::fs::create_dir(&copy).unwrap();
+    for file in [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "model.safetensors",
+    ] {
+        std::fs::copy(golden("llama").join(file), copy.join(file)).unwrap();
+    }
+    scratch.good(&command("copy"));
+    let weights = std::fs::read(copy.join("model.safetensors")).unwrap();
+    scratch.write("copy/model.safetensors", &weights[..weights.len() / 2]);
+    says(&scratch.bad(&command("copy"), ""), &["model.safetensors"]);
+    let mut huge = weights.clone();
+    huge[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+    scratch.write("copy/model.safetensors", huge);
+    says(&scratch.bad(&command("copy"), ""), &["model.safetensors"]);
+}
+
+#[test]
+fn a_place_that_cannot_be_written_is_the_systems_fault() {
+    let scratch = Scratch::new();
+    let generate = "generate --model MODEL --prompt hi --max-new-tokens 2";
+    let output = scratch.run(&format!("{generate} --out pairs.jsonl/inside"));
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(scratch.read("pairs.jsonl"), super::PAIRS);
+}

@@ -1,0 +1,152 @@
+//! What good input gets.
+
+use serde_json::Value;
+
+use super::{Scratch, golden};
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap()
+}
+
+#[test]
+fn logps_are_those_of_transformers() {
+    let scratch = Scratch::new();
+    let golden: Value =
+        serde_json::from_slice(&std::fs::read(golden("llama").join("golden.json")).unwrap())
+            .unwrap();
+    let sequence = &golden["sequences"][0];
+    let ids = sequence["token_ids"].to_string();
+    let line = json(&scratch.good(&format!("logps --model MODEL --ids {ids}")));
+    assert_eq!(line["token_ids"], sequence["token_ids"]);
+    let found = line["token_logps"].as_array().unwrap();
+    let expected = sequence["token_logps"].as_array().unwrap();
+    assert_eq!(found.len(), expected.len());
+    for (found, expected) in found.iter().zip(expected) {
+        assert!((found.as_f64().unwrap() - expected.as_f64().unwrap()).abs() < 1e-4);
+    }
+}
+
+#[test]
+fn the_whole_chain_runs_from_reward_to_masked_dpo() {
+    let scratch = Scratch::new();
+    let common = "--model MODEL --data pairs.jsonl --precision f32 --lora-rank 4 --batch 2";
+    scratch.good(&format!("sft {common} --epochs 1 --out sft"));
+    let reward = json(&scratch.good(&format!("reward {common} --epochs 2 --out reward")));
+    assert_eq!(reward["steps"], 4);
+    let annotate = "annotate --model MODEL --data pairs.jsonl --precision f32";
+    scratch.good(&format!(
+        "{annotate} --signal level --reward-model reward --records level.jsonl"
+    ));
+    scratch.good(&format!("dpo {common} --credit-selection all --out oracle"));
+    scratch.good(&format!("{annotate} --oracle oracle --records ratio.jsonl"));
+
+    let records: Vec<Value> = scratch.read("ratio.jsonl").lines().map(json).collect();
+    assert_eq!(records.len(), 8);
+    for record in &records {
+        let tokens = record["token_ids"].as_array().unwrap().len();
+        assert_eq!(record["signal"].as_array().unwrap().len(), tokens);
+        let segments = record["segments"].as_array().unwrap();
+        assert_eq!(segments[0]["start"], 0);
+        assert_eq!(segments.last().unwrap()["end"], tokens);
+    }
+
+    let summary = json(&scratch.good(&format!("dpo {common} --signals ratio.jsonl --out masked")));
+    assert_eq!(summary["pairs"], 4);
+    assert!(summary["credit"]["kept_fraction"].as_f64().unwrap() < 1.0);
+    for file in [
+        "config.toml",
+        "manifest.json",
+        "metrics.jsonl",
+        "credit.jsonl",
+        "summary.json",
+    ] {
+        assert!(scratch.path("masked").join(file).is_file(), "{file}");
+    }
+    let first = json(scratch.read("masked/metrics.jsonl").lines().next().unwrap());
+    assert!((first["loss"].as_f64().unwrap() - std::f64::consts::LN_2).abs() < 1e-6);
+    let adapted = scratch.good("logps --model MODEL --adapter masked --text hello");
+    assert_ne!(adapted, scratch.good("logps --model MODEL --text hello"));
+}
+
+#[test]
+fn full_fine_tuning_writes_a_model_that_loads() {
+    let scratch = Scratch::new();
+    scratch.good(
+        "dpo --model MODEL --data pairs.jsonl --precision f32 --lora-rank 0 --lr 1e-3 \
+         --credit-selection all --out run",
+    );
+    scratch.good("logps --model run --text hello");
+    scratch.good("reward --model run --data pairs.jsonl --lora-rank 0 --out reward");
+    scratch.good(
+        "annotate --model run --data pairs.jsonl --signal increment --reward-model reward \
+         --records increment.jsonl",
+    );
+}
+
+#[test]
+fn generation_depends_on_the_seed_alone() {
+    let scratch = Scratch::new();
+    scratch.write(
+        "prompts.jsonl",
+        "{\"prompt\": \"one\"}\n{\"prompt\": \"two more\"}\n",
+    );
+    let command = "generate --model MODEL --data prompts.jsonl --temperature 1 --samples 3 \
+                   --max-new-tokens 8 --precision f32";
+    let first = scratch.good(&format!("{command} --batch 1 --threads 1"));
+    assert_eq!(first.lines().count(), 6);
+    assert_eq!(
+        first,
+        scratch.good(&format!("{command} --batch 4 --threads 2"))
+    );
+    assert_ne!(first, scratch.good(&format!("{command} --seed 2")));
+}
+
+#[test]
+fn the_configuration_is_default_then_file_then_flag() {
+    let scratch = Scratch::new();
+    scratch.write(
+        "dpo.toml",
+        "[dpo]\nbeta = 0.3\n[optimizer]\nlr = 0.5\n[credit]\noffset_std = 1.0\n",
+    );
+    let shown = scratch.good("dpo --config dpo.toml --lr 0.25 --credit-offset 2 --show-config");
+    for line in ["beta = 0.3", "lr = 0.25", "offset = 2.0", "batch = 8"] {
+        assert!(
+            shown.lines().any(|shown| shown == line),
+            "`{line}` in {shown}"
+        );
+    }
+    assert!(!shown.contains("offset_std"), "{shown}");
+}
+
+#[test]
+fn a_run_repeats_from_its_own_configuration_at_any_number_of_threads() {
+    let scratch = Scratch::new();
+    scratch.good(
+        "dpo --model MODEL --data pairs.jsonl --credit-selection all --batch 2 --epochs 2 \
+         --out first --threads 1",
+    );
+    scratch.good("dpo --config first/config.toml --out second --threads 2");
+    for file in ["metrics.jsonl", "adapter/adapter_model.safetensors"] {
+        let read = |run: &str| std::fs::read(scratch.path(run).join(file)).unwrap();
+        assert!(read("first") == read("second"), "{file}");
+    }
+}
+
+#[test]
+fn keeping_everything_is_plain_dpo_bit_for_bit() {
+    let scratch = Scratch::new();
+    let common = "dpo --model MODEL --data pairs.jsonl --batch 2 --epochs 2";
+    scratch.good(&format!("{common} --credit-selection all --out plain"));
+    scratch.good("annotate --model MODEL --data pairs.jsonl --oracle plain --records r.jsonl");
+    scratch.good(&format!(
+        "{common} --signals r.jsonl --credit-selection all --out masked"
+    ));
+    for file in ["metrics.jsonl", "adapter/adapter_model.safetensors"] {
+        let read = |run: &str| std::fs::read(scratch.path(run).join(file)).unwrap();
+        assert!(read("plain") == read("masked"), "{file}");
+    }
+    assert!(
+        scratch.path("masked/credit.jsonl").is_file(),
+        "the signal was segmented"
+    );
+}

@@ -1,0 +1,104 @@
+//! A run cut short.
+
+use super::{Scratch, says};
+
+const RUN: &str = "dpo --model MODEL --data pairs.jsonl --credit-selection all --batch 1 \
+                   --epochs 3 --checkpoint-every 3 --lora-rank 4";
+
+fn files(scratch: &Scratch, run: &str) -> [Vec<u8>; 2] {
+    ["metrics.jsonl", "adapter/adapter_model.safetensors"]
+        .map(|file| std::fs::read(scratch.path(run).join(file)).unwrap())
+}
+
+/// What a kill between the checkpoint of step 9 and the end leaves: steps logged beyond it, and a half-written one.
+fn cut(scratch: &Scratch, run: &str) {
+    let run = scratch.path(run);
+    std::fs::remove_dir_all(run.join("checkpoints/step-00000012")).unwrap();
+    std::fs::remove_dir_all(run.join("adapter")).unwrap();
+    std::fs::remove_file(run.join("summary.json")).unwrap();
+    std::fs::create_dir(run.join("checkpoints/.unfinished")).unwrap();
+    std::fs::write(run.join("checkpoints/.unfinished/state.json"), "{").unwrap();
+}
+
+#[test]
+fn a_resumed_run_is_the_uninterrupted_one_bit_for_bit() {
+    let scratch = Scratch::new();
+    scratch.good(&format!("{RUN} --out whole"));
+    scratch.good(&format!("{RUN} --out cut"));
+    cut(&scratch, "cut");
+    scratch.good("dpo --resume cut");
+    assert!(files(&scratch, "whole") == files(&scratch, "cut"));
+}
+
+#[test]
+fn a_damaged_checkpoint_gives_way_to_the_one_before_it() {
+    let scratch = Scratch::new();
+    scratch.good(&format!("{RUN} --out whole"));
+    scratch.good(&format!("{RUN} --out cut"));
+    let damaged = scratch.path("cut/checkpoints/step-00000012/parameters.safetensors");
+    let mut bytes = std::fs::read(&damaged).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&damaged, bytes).unwrap();
+    scratch.good("dpo --resume cut");
+    assert!(files(&scratch, "whole") == files(&scratch, "cut"));
+    assert!(scratch.path("cut/checkpoints/step-00000009").is_dir());
+}
+
+#[test]
+fn a_killed_process_leaves_a_run_that_resumes() {
+    let scratch = Scratch::new();
+    scratch.good(&format!("{RUN} --out whole"));
+    let model = super::golden("llama").display().to_string();
+    for attempt in 0..4 {
+        let arguments = RUN.replace("MODEL", &model);
+        let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin("pivotal"))
+            .current_dir(scratch.0.path())
+            .args(arguments.split_whitespace())
+            .args(["--out", "killed", "--overwrite"])
+            .stderr(std::process::Stdio::null())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        // After the first checkpoint, at a moment that differs from attempt to attempt.
+        let checkpoint = scratch.path("killed/checkpoints/step-00000003");
+        while !checkpoint.is_dir() && child.try_wait().unwrap().is_none() {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(std::time::Duration::from_micros(700 * attempt));
+        let _ = child.kill();
+        child.wait().unwrap();
+        scratch.good("dpo --resume killed");
+        assert!(
+            files(&scratch, "whole") == files(&scratch, "killed"),
+            "attempt {attempt}"
+        );
+        std::fs::remove_dir_all(scratch.path("killed")).unwrap();
+        std::fs::create_dir(scratch.path("killed")).unwrap();
+        std::fs::write(scratch.path("killed/manifest.json"), "{}").unwrap();
+    }
+}
+
+#[test]
+fn an_existing_run_is_left_alone_unless_asked() {
+    let scratch = Scratch::new();
+    scratch.good(&format!("{RUN} --out run"));
+    let before = files(&scratch, "run");
+    says(
+        &scratch.bad(&format!("{RUN} --out run"), ""),
+        &["`run` exists", "--resume", "--overwrite"],
+    );
+    assert!(files(&scratch, "run") == before);
+    says(
+        &scratch.bad("dpo --resume run --beta 0.7", ""),
+        &["another configuration", "beta"],
+    );
+    scratch.good(&format!("{RUN} --out run --overwrite"));
+    std::fs::create_dir(scratch.path("mine")).unwrap();
+    scratch.write("mine/thesis.txt", "x");
+    says(
+        &scratch.bad(&format!("{RUN} --out mine --overwrite"), ""),
+        &["not a run directory"],
+    );
+    assert_eq!(scratch.read("mine/thesis.txt"), "x");
+}
