@@ -3,7 +3,7 @@
 #
 #     examples/01_segment_credit_on_smollm2.sh "$(scripts/fetch_smollm2.sh DIRECTORY)" OUT
 #
-# Two signals, one after the other: a reward model's token values, and the log-ratio of a DPO-trained oracle. Four steps
+# Two signals, one after the other: a reward model's token values, and the log-ratio of a DPO-trained oracle. Three steps
 # each show that the chain holds together, not that the model gets better: that takes data and steps of its own.
 set -euo pipefail
 
@@ -13,12 +13,18 @@ here="$(cd "$(dirname "$0")/.." && pwd)"
 data="$here/fixtures/preferences.jsonl"
 mkdir -p "$out"
 
-pivotal() {
-    (cd "$here" && cargo run --release --quiet -- "$@")
-}
+# PIVOTAL names a program that is built already.
+program=${PIVOTAL:-}
+if [ -z "$program" ]; then
+    (cd "$here" && cargo build --release)
+    program="$here/target/release/pivotal"
+fi
+pivotal() { "$program" "$@"; }
 
 common=(--model "$model" --data "$data" --max-tokens 160)
-short=(--lora-rank 8 --batch 4 --steps 4)
+# The log-ratio lies around 0 by its nature; a small band keeps noise from cutting at every other token.
+band=(--credit-offset-std 0.25)
+short=(--lora-rank 8 --batch 4 --steps 3)
 
 echo "1. a reward model that gives every token a value"
 pivotal reward "${common[@]}" "${short[@]}" --out "$out/reward" >"$out/reward.json"
@@ -35,12 +41,12 @@ echo "4. an oracle: DPO on every token of the same pairs"
 pivotal dpo "${common[@]}" "${short[@]}" --credit-selection all --out "$out/oracle" >"$out/oracle.json"
 
 echo "5. its log-ratio to the model it started from as the signal"
-pivotal annotate "${common[@]}" --signal log_ratio --oracle "$out/oracle" --records "$out/log_ratio.jsonl" \
-    >"$out/log_ratio.json"
+pivotal annotate "${common[@]}" --signal log_ratio --oracle "$out/oracle" "${band[@]}" \
+    --records "$out/log_ratio.jsonl" >"$out/log_ratio.json"
 
 echo "6. DPO on the segments that agree with their response"
-pivotal dpo "${common[@]}" "${short[@]}" --signals "$out/log_ratio.jsonl" --out "$out/dpo-log-ratio" \
-    >"$out/dpo-log-ratio.json"
+pivotal dpo "${common[@]}" "${short[@]}" --signals "$out/log_ratio.jsonl" "${band[@]}" \
+    --out "$out/dpo-log-ratio" >"$out/dpo-log-ratio.json"
 
 echo "7. what the adapted model says"
 pivotal generate --model "$model" --adapter "$out/dpo-log-ratio" --prompt "Name the capital of France." \
