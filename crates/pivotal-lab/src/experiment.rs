@@ -289,3 +289,36 @@ fn all_tokens(pairs: &TrainingPairs) -> Vec<[pivotal_core::TokenMask; 2]> {
     };
     pairs.tokenized.iter().map(all).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::start_policy;
+
+    #[test]
+    fn credit_that_keeps_all_is_unmasked_dpo_bit_for_bit() {
+        let start = start_policy::embedded().unwrap();
+        let pairs = TrainingPairs::draw(&PairSettings::CONFLICT, 3, 12, &start).unwrap();
+        // Any signal will do: keeping all does not look at it.
+        let signal = TokenSignal {
+            name: pivotal_credit::Signal::LogRatio,
+            values: pairs.reference_logps.clone(),
+        };
+        let kept = arm::masks(ArmKind::Unmasked, &signal, &pairs, 3).unwrap();
+        let truth = arm::masks(ArmKind::Truth, &signal, &pairs, 3).unwrap();
+        let trained = |masks| {
+            let schedule = arm::Schedule {
+                seed: 3,
+                steps: 3,
+                batch: 4,
+            };
+            let settings = ArmKind::Unmasked.tuned();
+            let policy = arm::train(&start, &pairs, masks, settings, schedule).unwrap();
+            start_policy::to_bytes(&policy).unwrap()
+        };
+        let unmasked = trained(all_tokens(&pairs));
+        assert!(trained(kept) == unmasked);
+        assert!(trained(truth) != unmasked);
+        assert!(start_policy::EMBEDDED != unmasked);
+    }
+}
