@@ -7,7 +7,10 @@
 
 mod failure;
 mod generate;
+mod lab;
 mod logps;
+mod machine;
+mod quickstart;
 mod recipes;
 
 use std::process::ExitCode;
@@ -35,6 +38,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Compare segment credit with what it must beat, in a small world whose truth is known; write a report.
+    Quickstart(quickstart::Quickstart),
     /// Supervised fine-tuning on responses, or on the chosen responses of preferences.
     Sft(recipes::Sft),
     /// Train a reward model that gives every token a value.
@@ -47,6 +52,8 @@ enum Command {
     Generate(generate::Generate),
     /// Print a text's token ids and the log-probability of each token after the first, as one JSON line.
     Logps(logps::Logps),
+    /// How the embedded world's start policy and settings were made.
+    Lab(lab::Lab),
 }
 
 fn main() -> ExitCode {
@@ -65,11 +72,13 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
     pool.build_global()
         .map_err(|error| Failure::system(&error))?;
     match arguments.command {
+        Command::Quickstart(command) => command.run(arguments.threads),
         Command::Sft(command) => command.run(),
         Command::Reward(command) => command.run(),
         Command::Annotate(command) => command.run(),
         Command::Dpo(command) => command.run(),
         Command::Generate(command) => command.run(),
         Command::Logps(command) => command.run(),
+        Command::Lab(command) => command.run(arguments.threads),
     }
 }

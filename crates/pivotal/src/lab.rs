@@ -1,0 +1,86 @@
+//! `pivotal lab`: how the embedded world's start policy and the arms' settings were made.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use pivotal_core::write_atomic;
+use pivotal_lab::start_policy::{self, StartPolicySettings};
+use pivotal_lab::{GridSettings, grid};
+
+use crate::failure::Failure;
+
+/// `pivotal lab`.
+#[derive(Args)]
+pub(crate) struct Lab {
+    #[command(subcommand)]
+    command: LabCommand,
+}
+
+#[derive(Subcommand)]
+enum LabCommand {
+    /// Train the embedded start policy from nothing and compare it with the embedded bytes.
+    StartPolicy {
+        /// Where to write the policy; nowhere if absent.
+        #[arg(long)]
+        out: Option<PathBuf>,
+    },
+    /// Train every arm of quickstart at every setting, scored on a split that is never reported; print the table.
+    Grid {
+        /// Seeds of the preference pairs, with commas between; not those of a report.
+        #[arg(long, value_delimiter = ',', default_values_t = [101, 102])]
+        seeds: Vec<u64>,
+    },
+}
+
+impl Lab {
+    pub(crate) fn run(self, threads: usize) -> Result<(), Failure> {
+        match self.command {
+            LabCommand::StartPolicy { out } => make_start_policy(out),
+            LabCommand::Grid { seeds } => {
+                let threads = if threads > 0 {
+                    threads
+                } else {
+                    GridSettings::default().threads
+                };
+                let settings = GridSettings { seeds, threads };
+                let result = grid(&settings, &mut |line| eprintln!("{line}"))?;
+                println!(
+                    "start policy: {:.3}\n\n{}",
+                    result.start,
+                    result.to_markdown()
+                );
+                Ok(())
+            }
+        }
+    }
+}
+
+fn make_start_policy(out: Option<PathBuf>) -> Result<(), Failure> {
+    if let Some(out) = out.as_ref().filter(|out| out.exists()) {
+        return Err(Failure::input(format!(
+            "`{}` exists: give another `--out`",
+            out.display()
+        )));
+    }
+    let settings = StartPolicySettings::EMBEDDED;
+    let steps = settings.steps;
+    let policy = start_policy::train(&settings, None, &mut |step, metrics| {
+        if step % 100 == 0 || step == steps {
+            eprintln!("step {step} of {steps}: loss {:.4}", metrics.loss);
+        }
+    })?;
+    let bytes = start_policy::to_bytes(&policy)?;
+    let (found, embedded) = (start_policy::hash(&bytes), start_policy::EMBEDDED_BLAKE3);
+    if let Some(out) = out {
+        write_atomic(&out, &bytes)?;
+    }
+    println!("{} bytes, BLAKE3 {found}", bytes.len());
+    match found == embedded {
+        true => println!("these are the embedded bytes"),
+        false => println!(
+            "the embedded bytes are {embedded}: products are summed in another order on a processor with other \
+             vector instructions, and training carries the difference on"
+        ),
+    }
+    Ok(())
+}
