@@ -78,9 +78,9 @@ impl ArmKind {
         let (lr, beta) = match self {
             Self::Unmasked | Self::UnmaskedLonger => (2e-4, 0.5),
             Self::LogRatio | Self::Disagree => (2e-4, 5.0),
-            Self::Level => (5e-5, 2.0),
-            Self::Random => (1e-4, 0.5),
-            Self::Truth => (1e-4, 2.0),
+            Self::Level => (5e-5, 0.5),
+            Self::Random => (5e-5, 5.0),
+            Self::Truth => (2e-4, 2.0),
         };
         ArmSettings { lr, beta }
     }

@@ -13,7 +13,7 @@ use crate::world::splits::Split;
 /// Learning rates tried with every β.
 pub const LEARNING_RATES: [f64; 4] = [5e-5, 1e-4, 2e-4, 4e-4];
 /// Values of β tried with every learning rate.
-pub const BETAS: [f64; 3] = [0.5, 2.0, 5.0];
+pub const BETAS: [f64; 4] = [0.2, 0.5, 2.0, 5.0];
 
 /// What to try.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -250,11 +250,11 @@ fn a_grid_shows_the_best_of_each_arm_in_bold() {
     assert!(grid.best(ArmKind::Random).is_none());
     let text = grid.to_markdown();
     assert!(
-        text.contains("| truth | 5e-5 | 0.650 | **0.700** | – |"),
+        text.contains("| truth | 5e-5 | 0.650 | **0.700** | – | – |"),
         "{text}"
     );
     assert!(
-        text.contains("| level | 1e-4 | – | – | **0.150** |"),
+        text.contains("| level | 1e-4 | – | – | **0.150** | – |"),
         "{text}"
     );
 }
