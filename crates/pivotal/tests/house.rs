@@ -23,7 +23,7 @@ const ARROWS: [(&str, &[&str]); 11] = [
     (
         "pivotal-lab",
         &[
-            "core", "credit", "data", "kernels", "ops", "loss", "model", "train",
+            "core", "credit", "data", "kernels", "ops", "loss", "model", "train", "report",
         ],
     ),
     ("pivotal-report", &["core"]),
