@@ -17,7 +17,7 @@ mkdir -p "$out"
 program=${PIVOTAL:-}
 if [ -z "$program" ]; then
     (cd "$here" && cargo build --release)
-    program="$here/target/release/pivotal"
+    program="${CARGO_TARGET_DIR:-$here/target}/release/pivotal"
 fi
 pivotal() { "$program" "$@"; }
 
