@@ -163,6 +163,10 @@ fn micro_batch(
 ///
 /// # Errors
 /// Whatever a step or `after` meets; the policy then stands as after the last good step.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "a struct of them would be built and taken apart in one place each"
+)]
 pub fn optimize(
     policy: &mut Decoder,
     items: &[DpoItem],

@@ -108,6 +108,10 @@ pub fn gradients(
 ///
 /// # Errors
 /// Whatever a step or `after` meets.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "a struct of them would be built and taken apart in one place each"
+)]
 pub fn optimize(
     model: &mut RewardModel,
     pairs: &[TokenizedPair],
