@@ -1,5 +1,6 @@
 //! The stages that a quickstart and a grid share: pairs, signals, arms.
 
+use pivotal_core::{TokenMask, TokenizedPair};
 use pivotal_model::Decoder;
 
 use crate::arm::{self, ArmKind, ArmSettings, MaskQuality};
@@ -195,11 +196,11 @@ impl Experiment {
                     let masks = all_tokens(&pairs.training);
                     let (policy, run) =
                         self.train(ArmKind::Unmasked, settings, pairs, masks, sets)?;
+                    let signal = TokenSignal::log_ratio(&policy, &pairs.training)?;
                     let signal = SeedSignal {
-                        training: TokenSignal::log_ratio(&policy, &pairs.training)?
-                            .quality(&pairs.training),
+                        training: signal.quality(&pairs.training),
                         fresh: TokenSignal::log_ratio(&policy, &pairs.fresh)?.quality(&pairs.fresh),
-                        signal: TokenSignal::log_ratio(&policy, &pairs.training)?,
+                        signal,
                     };
                     let line =
                         format!("{}, token AUC {:.2}", run.line(), signal.training.token_auc);
@@ -253,7 +254,7 @@ impl Experiment {
         kind: ArmKind,
         settings: ArmSettings,
         pairs: &SeedPairs,
-        masks: Vec<[pivotal_core::TokenMask; 2]>,
+        masks: Vec<[TokenMask; 2]>,
         sets: &[&EvaluationSet],
     ) -> Result<(Decoder, ArmRun)> {
         let quality = arm::mask_quality(&masks, &pairs.training);
@@ -283,10 +284,8 @@ impl ArmRun {
     }
 }
 
-fn all_tokens(pairs: &TrainingPairs) -> Vec<[pivotal_core::TokenMask; 2]> {
-    let all = |pair: &pivotal_core::TokenizedPair| {
-        [pair.chosen.len(), pair.rejected.len()].map(pivotal_core::TokenMask::all)
-    };
+fn all_tokens(pairs: &TrainingPairs) -> Vec<[TokenMask; 2]> {
+    let all = |pair: &TokenizedPair| [pair.chosen.len(), pair.rejected.len()].map(TokenMask::all);
     pairs.tokenized.iter().map(all).collect()
 }
 

@@ -5,7 +5,7 @@ use pivotal_credit::Signal;
 use pivotal_model::{Decoder, HeadInit, RewardModel};
 use pivotal_train::optimizer::NamedAdamW;
 use pivotal_train::reward;
-use pivotal_train::score::{Group, token_values};
+use pivotal_train::score::{Group, ResponseValues, token_values};
 use pivotal_train::settings::{OptimizerSettings, RewardSettings};
 use serde::Serialize;
 
@@ -54,8 +54,7 @@ impl TokenSignal {
     pub(crate) fn level(model: &RewardModel, pairs: &TrainingPairs) -> Result<Self> {
         let groups: Vec<_> = pairs.tokenized.iter().map(Group::of_pair).collect();
         let values = token_values(model, &groups, SCORING_TOKENS)?;
-        let levels =
-            |responses| two(responses).map(|v: pivotal_train::score::ResponseValues| v.levels);
+        let levels = |responses| two(responses).map(|v: ResponseValues| v.levels);
         Ok(Self {
             name: Signal::Level,
             values: values.into_iter().map(levels).collect(),

@@ -41,6 +41,14 @@ fn training_the_start_policy_gives_the_same_bytes_at_any_number_of_threads() {
     }
 }
 
+/// Minutes; and only where the kernels are those of the recording (AVX-512).
+#[test]
+#[ignore = "retrains the start policy: minutes, and an AVX-512 processor"]
+fn the_embedded_policy_is_made_again_from_nothing() {
+    let (bytes, _) = begun(StartPolicySettings::EMBEDDED.steps);
+    assert_eq!(start_policy::hash(&bytes), start_policy::EMBEDDED_BLAKE3);
+}
+
 #[test]
 fn the_embedded_policy_is_the_recorded_one_and_survives_its_own_format() {
     assert_eq!(
