@@ -59,6 +59,8 @@ impl ChatTemplate {
             .map_err(|error| template_error(name, None, &error))?;
         environment.set_syntax(syntax);
         environment.set_fuel(Some(FUEL));
+        // Or only debug builds would name the variable that is undefined.
+        environment.set_debug(true);
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         environment
             .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);

@@ -65,8 +65,19 @@ pub fn annotate(config: &AnnotateConfig, overwrite: bool) -> Result<Summary> {
         });
     }
     if path.exists() && !overwrite {
-        return Err(Error::RunExists { path: path.clone() });
+        return Err(Error::FileExists { path: path.clone() });
     }
+    let directory = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty());
+    if directory.is_some_and(|directory| !directory.is_dir()) {
+        return Err(Error::Setting {
+            key: "records",
+            found: path.display().to_string(),
+            expected: "a file in a directory that exists",
+        });
+    }
+    config.annotate.check()?;
     let data = DataSet::read(&config.data.path, ReadOptions::default())?;
     let workspace = Workspace::load(&config.model)?;
     let options = config
@@ -148,7 +159,7 @@ fn log_ratios(
         });
     }
     let budget = settings.micro_batch_tokens;
-    let reference = token_logps(&workspace.decoder.base(), groups, budget)?;
+    let reference = token_logps(&workspace.decoder.detached(), groups, budget)?;
     let oracle = token_logps(&oracle, groups, budget)?;
     let signals = oracle
         .iter()

@@ -85,6 +85,10 @@ pub(crate) fn restore(
             Err(error) => reasons.push(error.to_string()),
         }
     }
+    if reasons.is_empty() {
+        // Cut short before its first checkpoint: the run begins again, the same.
+        return Ok(0);
+    }
     Err(Error::NoCheckpoint {
         path: run.into(),
         reasons,

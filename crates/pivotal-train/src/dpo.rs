@@ -7,7 +7,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use pivotal_core::{Gather, Pack, TokenMask, TokenizedPair};
 use pivotal_loss::{Normalisation, PairLogps, ResponseIndex, kept_sums};
 use pivotal_model::Decoder;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::optimizer::{GradientSum, NamedAdamW};
@@ -39,7 +39,7 @@ pub struct DpoObjective {
 }
 
 /// One step's numbers: means over its pairs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DpoMetrics {
     /// Loss in nats; ln 2 where policy and reference agree.
     pub loss: f64,

@@ -48,19 +48,33 @@ pub enum Error {
         expected: &'static str,
     },
     /// The run directory is there already.
-    #[error("`{}` exists: give `--resume` to continue it, `--overwrite` to replace it, or another `--out`", path.display())]
+    #[error("`{0}` exists: give `--resume {0}` to continue it, `--overwrite` to replace it, or another `--out`", path.display())]
     RunExists {
         /// The directory.
         path: PathBuf,
     },
     /// A directory that was to be overwritten is not a run.
-    #[error("`{}` is not a run directory (it has no `manifest.json`), so it is not overwritten", path.display())]
+    #[error("`{}` is not a run directory: it has no `manifest.json` of a run, so it is neither resumed nor overwritten", path.display())]
     NotARun {
         /// The directory.
         path: PathBuf,
     },
+    /// A run that was to be overwritten holds what the new one reads.
+    #[error("`{}` lies in `{}`, which `--overwrite` would remove first: give another `--out`", input.display(), path.display())]
+    InputInside {
+        /// The directory.
+        path: PathBuf,
+        /// The input in it.
+        input: PathBuf,
+    },
+    /// A file that is there already.
+    #[error("`{}` exists: give `--overwrite` to replace it, or another name", path.display())]
+    FileExists {
+        /// The file.
+        path: PathBuf,
+    },
     /// A run resumed under another configuration.
-    #[error("`{}` was made with another configuration: {what}; resume it with its own `config.toml`", path.display())]
+    #[error("`{}` was made with another configuration: {what}; leave out what differs, or start a run of its own", path.display())]
     OtherConfig {
         /// The directory.
         path: PathBuf,
@@ -68,7 +82,7 @@ pub enum Error {
         what: String,
     },
     /// No checkpoint of a run loads.
-    #[error("`{}` has no checkpoint that loads{}", path.display(), damaged(reasons))]
+    #[error("`{}` has no checkpoint that loads{}; `--overwrite` starts again", path.display(), damaged(reasons))]
     NoCheckpoint {
         /// The directory.
         path: PathBuf,
@@ -113,7 +127,7 @@ pub enum Error {
     },
     /// The credit rule needs a signal and there is none.
     #[error(
-        "selection `{selection}` needs a signal: give `--signals FILE` (see `pivotal annotate`) or `chosen_signal` and `rejected_signal` columns"
+        "selection `{selection}` needs a signal: give `--signals FILE` (see `pivotal annotate`), `chosen_signal` and `rejected_signal` columns in every row, or `--credit-selection all` for plain DPO"
     )]
     NoSignal {
         /// The selection rule.

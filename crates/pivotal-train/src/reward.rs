@@ -8,7 +8,7 @@ use pivotal_loss::{
     ResponseIndex, ScorePair, bradley_terry, center_penalty, sequence_scores, token_l2_penalty,
 };
 use pivotal_model::RewardModel;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::optimizer::{GradientSum, NamedAdamW};
@@ -20,7 +20,7 @@ mod recipe;
 pub use recipe::{RewardConfig, RewardRunFlags, Summary, train};
 
 /// One step's numbers: means over its pairs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RewardMetrics {
     /// Ranking loss and penalties together, in nats.
     pub loss: f64,

@@ -27,6 +27,7 @@ use crate::error::{Error, Result};
 const CONFIG: &str = "config.toml";
 const MANIFEST: &str = "manifest.json";
 const METRICS: &str = "metrics.jsonl";
+const SUMMARY: &str = "summary.json";
 
 /// What to do with a run directory that is there already.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -48,11 +49,12 @@ pub struct Run {
 }
 
 impl Run {
-    /// Checks that a run may start at `path` under `mode`, before anything is loaded.
+    /// Checks that a run may start at `path` under `mode`, before anything is loaded. `inputs` are what it will read: an
+    /// overwritten run must not hold them.
     ///
     /// # Errors
-    /// [`Error::Setting`] for an empty path, [`Error::RunExists`], [`Error::NotARun`].
-    pub fn check(path: &Path, mode: StartMode) -> Result<()> {
+    /// [`Error::Setting`] for an empty path, [`Error::RunExists`], [`Error::NotARun`], [`Error::InputInside`].
+    pub fn check(path: &Path, mode: StartMode, inputs: &[&Path]) -> Result<()> {
         if path.as_os_str().is_empty() {
             let expected = "the run directory to make";
             return Err(Error::Setting {
@@ -63,7 +65,21 @@ impl Run {
         }
         match (mode, path.exists()) {
             (StartMode::Fresh, true) => Err(Error::RunExists { path: path.into() }),
-            (StartMode::Overwrite, true) | (StartMode::Resume, _) => is_run(path),
+            (StartMode::Overwrite, true) => {
+                stored_manifest(path)?;
+                let inside = |input: &&&Path| match (input.canonicalize(), path.canonicalize()) {
+                    (Ok(input), Ok(path)) => input.starts_with(path),
+                    _ => false,
+                };
+                match inputs.iter().find(inside) {
+                    Some(input) => Err(Error::InputInside {
+                        path: path.into(),
+                        input: input.to_path_buf(),
+                    }),
+                    None => Ok(()),
+                }
+            }
+            (StartMode::Resume, _) => stored_manifest(path).map(|_| ()),
             _ => Ok(()),
         }
     }
@@ -71,16 +87,24 @@ impl Run {
     /// Makes, replaces or opens the directory, and writes its configuration and manifest.
     ///
     /// # Errors
-    /// As [`Run::check`]; [`Error::OtherConfig`] if a resumed run had another configuration; [`Error::File`].
-    pub fn open<C: Serialize + DeserializeOwned + PartialEq>(
+    /// As [`Run::check`]; [`Error::OtherConfig`] if a resumed run had another recipe, configuration or input; [`Error::File`].
+    pub fn open<C: Serialize + DeserializeOwned>(
         path: &Path,
         mode: StartMode,
         config: &C,
         manifest: &Manifest,
     ) -> Result<Self> {
-        Self::check(path, mode)?;
+        Self::check(path, mode, &[])?;
         if mode == StartMode::Resume {
+            same_run(path, manifest)?;
             same_config(path, config)?;
+            // It is written last: while it is there, the run is done.
+            match std::fs::remove_file(path.join(SUMMARY)) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(write_error(&path.join(SUMMARY), error));
+                }
+                _ => {}
+            }
         } else {
             if path.exists() {
                 std::fs::remove_dir_all(path).map_err(|source| write_error(path, source))?;
@@ -144,6 +168,28 @@ impl Run {
         Ok(())
     }
 
+    /// The metrics of the last step that was logged; a resumed run may have no step left to take.
+    ///
+    /// # Errors
+    /// [`Error::File`].
+    pub fn last<T: DeserializeOwned>(&self) -> Result<Option<T>> {
+        let text = String::from_utf8_lossy(&read_file(&self.path.join(METRICS))?).into_owned();
+        Ok(text
+            .lines()
+            .last()
+            .and_then(|line| serde_json::from_str(line).ok()))
+    }
+
+    /// Writes what has been logged to the disk: before a checkpoint that counts on it.
+    ///
+    /// # Errors
+    /// [`Error::File`].
+    pub fn sync(&self) -> Result<()> {
+        self.metrics
+            .sync_data()
+            .map_err(|source| write_error(&self.path.join(METRICS), source))
+    }
+
     /// Writes `summary.json`: the run is done.
     ///
     /// # Errors
@@ -153,7 +199,7 @@ impl Run {
         synced.map_err(|source| write_error(&self.path.join(METRICS), source))?;
         let text = serde_json::to_string_pretty(summary).expect("a summary is plain data");
         Ok(write_atomic(
-            &self.path.join("summary.json"),
+            &self.path.join(SUMMARY),
             format!("{text}\n").as_bytes(),
         )?)
     }
@@ -204,24 +250,62 @@ fn processor_features() -> [bool; 3] {
     [false; 3]
 }
 
-fn is_run(path: &Path) -> Result<()> {
-    match path.join(MANIFEST).is_file() {
+/// The manifest that is there: what makes a directory a run, which may be resumed or overwritten.
+fn stored_manifest(path: &Path) -> Result<Manifest> {
+    let bytes = std::fs::read(path.join(MANIFEST)).unwrap_or_default();
+    serde_json::from_slice(&bytes).map_err(|_| Error::NotARun { path: path.into() })
+}
+
+fn same_run(path: &Path, manifest: &Manifest) -> Result<()> {
+    let stored = stored_manifest(path)?;
+    let other = |what| {
+        Err(Error::OtherConfig {
+            path: path.into(),
+            what,
+        })
+    };
+    if stored.recipe != manifest.recipe {
+        return other(format!("it is a run of `{}`", stored.recipe));
+    }
+    let hashes = |manifest: &Manifest| -> Vec<String> {
+        manifest
+            .inputs
+            .iter()
+            .map(|input| input.blake3.clone())
+            .collect()
+    };
+    match hashes(&stored) == hashes(manifest) {
         true => Ok(()),
-        false => Err(Error::NotARun { path: path.into() }),
+        false => {
+            let names: Vec<String> = manifest
+                .inputs
+                .iter()
+                .map(|input| format!("`{}`", input.path))
+                .collect();
+            other(format!("{} changed since it began", names.join(" or ")))
+        }
     }
 }
 
-fn same_config<C: Serialize + DeserializeOwned + PartialEq>(path: &Path, config: &C) -> Result<()> {
+fn same_config<C: Serialize + DeserializeOwned>(path: &Path, config: &C) -> Result<()> {
     let stored: C = read_config(&path.join(CONFIG))?;
-    if stored == *config {
+    // A run that was moved is the same run.
+    let lines = |config: &C| -> Vec<String> {
+        let text = show_config(config);
+        text.lines()
+            .filter(|line| !line.starts_with("out = "))
+            .map(str::to_owned)
+            .collect()
+    };
+    let (stored, given) = (lines(&stored), lines(config));
+    if stored == given {
         return Ok(());
     }
-    let (stored, given) = (show_config(&stored), show_config(config));
-    let mut lines = stored
-        .lines()
-        .zip(given.lines())
+    let mut pairs = stored
+        .iter()
+        .zip(&given)
         .filter(|(stored, given)| stored != given);
-    let what = lines.next().map_or_else(
+    let what = pairs.next().map_or_else(
         || "a key was added or left out".to_owned(),
         |(stored, given)| format!("it has `{stored}`, not `{given}`"),
     );

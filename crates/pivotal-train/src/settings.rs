@@ -162,6 +162,7 @@ table! {
         /// A Hugging Face directory, a .gguf file, or a run directory.
         "model" path: PathBuf = PathBuf::new(),
         /// A LoRA adapter directory to start from; none if empty.
+        /// It is trained on, and what it is at the start is the reference.
         "adapter" adapter: PathBuf = PathBuf::new(),
         /// Operands of matrix products: f32 or bf16.
         "precision" precision: Precision = Precision::Bf16,
@@ -413,17 +414,45 @@ table! {
     }
 }
 
+impl AnnotateSettings {
+    /// Checks every number's domain.
+    ///
+    /// # Errors
+    /// [`Error::Setting`], naming the flag.
+    pub fn check(&self) -> Result<()> {
+        domain(
+            "signal-beta",
+            self.signal_beta,
+            "above 0",
+            self.signal_beta > 0.0,
+        )?;
+        let tokens = self.micro_batch_tokens;
+        domain(
+            "micro-batch-tokens",
+            tokens as f64,
+            "at least 1",
+            tokens > 0,
+        )
+    }
+}
+
 /// The flags that lie over the `[credit]` table: those that [`CreditConfig::FIELDS`] lists.
 #[derive(Clone, Debug, Default)]
 pub struct CreditFlags(Vec<(&'static str, String)>);
 
 impl clap::Args for CreditFlags {
     fn augment_args(command: Command) -> Command {
+        let defaults = serde_json::to_value(CreditConfig::default()).unwrap_or_default();
         CreditConfig::FIELDS.iter().fold(command, |command, field| {
+            let help = match defaults.get(field.key) {
+                Some(default) => crate::table::help(&[field.help], default),
+                None => field.help.to_owned(),
+            };
             command.arg(
                 Arg::new(field.flag)
                     .long(field.flag)
-                    .help(field.help)
+                    .value_name("VALUE")
+                    .help(help)
                     .help_heading("Credit"),
             )
         })

@@ -5,7 +5,7 @@
 
 use pivotal_core::{Pack, TokenMask, TokenizedResponse};
 use pivotal_model::Decoder;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::optimizer::{GradientSum, NamedAdamW};
@@ -17,7 +17,7 @@ mod recipe;
 pub use recipe::{SftConfig, SftFlags, Summary, train};
 
 /// One step's numbers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SftMetrics {
     /// Mean negative log-probability of a kept token, in nats.
     pub loss: f64,

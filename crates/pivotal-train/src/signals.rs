@@ -1,12 +1,12 @@
 //! Credit records on disk, and the signals that masks are made of.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use pivotal_core::{CreditRecord, Side, Sign, TokenMask, TokenizedPair, read_file, write_atomic};
 use pivotal_credit::{
     Credit, CreditConfig, Diagnostics, DiagnosticsReport, RecordSample, Response, ResponseCredit,
-    Selection, Thresholds,
+    Selection, Signal, Thresholds, Weighting,
 };
 use pivotal_data::{External, Tokenizer};
 
@@ -56,13 +56,36 @@ pub fn from_columns(external: &[Vec<External>]) -> Vec<PairSignals> {
 /// # Errors
 /// [`Error::Record`] with file and line; [`Error::NoRecord`] or [`Error::OtherTokens`] for a pair that the records do not
 /// fit.
-pub fn from_records(path: &Path, pairs: &[TokenizedPair]) -> Result<Vec<PairSignals>> {
+pub fn from_records(path: &Path, pairs: &[TokenizedPair]) -> Result<(Vec<PairSignals>, Signal)> {
     let mut records: BTreeMap<(u64, Side), CreditRecord> = BTreeMap::new();
-    for record in read_records(path)? {
-        if let Some(side) = record.side {
-            records.insert((record.id, side), record);
+    let mut names = BTreeSet::new();
+    for (index, record) in read_records(path)?.into_iter().enumerate() {
+        let fault = |what: &str| Error::Record {
+            path: path.into(),
+            line: index + 1,
+            what: what.to_owned(),
+        };
+        let side = record
+            .side
+            .ok_or_else(|| fault("`side` is null, expected chosen or rejected"))?;
+        names.insert(record.signal_name.clone());
+        if names.len() > 1 {
+            return Err(fault("`signal_name` differs from the records before"));
+        }
+        if records.insert((record.id, side), record).is_some() {
+            return Err(fault("this response has a record already"));
         }
     }
+    let name = names.pop_first().unwrap_or_default();
+    let signal = Signal::ALL
+        .iter()
+        .copied()
+        .find(|signal| signal.name() == name);
+    let signal = signal.ok_or_else(|| Error::Record {
+        path: path.into(),
+        line: 1,
+        what: format!("`signal_name` is `{name}`, expected a signal of this version"),
+    })?;
     let mut signals = Vec::with_capacity(pairs.len());
     for pair in pairs {
         let mut found = PairSignals::default();
@@ -87,7 +110,7 @@ pub fn from_records(path: &Path, pairs: &[TokenizedPair]) -> Result<Vec<PairSign
         }
         signals.push(found);
     }
-    Ok(signals)
+    Ok((signals, signal))
 }
 
 /// Masks for every pair under `config`, with diagnostics.
@@ -104,6 +127,13 @@ pub fn assign(
     seed: u64,
 ) -> Result<PairCredit> {
     let rule = config.resolve()?;
+    if rule.weighting == Weighting::Soft {
+        return Err(Error::Setting {
+            key: "credit-weighting",
+            found: "soft".into(),
+            expected: "hard: the losses of these recipes take masks, not weights",
+        });
+    }
     let has_signal = signals
         .iter()
         .all(|pair| pair.signal.iter().all(Option::is_some));

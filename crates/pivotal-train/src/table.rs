@@ -31,8 +31,12 @@ macro_rules! table {
         pub struct $flags {
             $(
                 $(#[doc = $doc])+
-                #[doc = concat!("[default: ", stringify!($default), "]")]
-                #[arg(id = $flag, long = $flag)]
+                #[arg(
+                    id = $flag,
+                    long = $flag,
+                    value_name = "VALUE",
+                    help = crate::table::help(&[$($doc),+], &$name::default().$field)
+                )]
                 pub $field: Option<$type>,
             )+
         }
@@ -44,6 +48,17 @@ macro_rules! table {
             }
         }
     };
+}
+
+/// A flag's help: the field's doc comment, and the default as it would stand in a file.
+pub(crate) fn help(doc: &[&str], default: &impl serde::Serialize) -> String {
+    let text: String = doc.concat();
+    let default = serde_json::to_value(default).expect("settings are numbers and texts");
+    match default {
+        serde_json::Value::String(default) if default.is_empty() => text.trim().to_owned(),
+        serde_json::Value::String(default) => format!("{} [default: {default}]", text.trim()),
+        default => format!("{} [default: {default}]", text.trim()),
+    }
 }
 
 /// Declares the configuration of a recipe: its tables, and the flags of all of them.

@@ -44,6 +44,14 @@ impl Workspace {
             true => settings.path.join("model"),
             false => settings.path.clone(),
         };
+        let holds_adapter = path.join("adapter").join("adapter_config.json").is_file();
+        if holds_adapter && !path.join("config.json").is_file() {
+            return Err(Error::Setting {
+                key: "model",
+                found: path.display().to_string(),
+                expected: "a model; this run holds an adapter: give `--model BASE --adapter RUN`",
+            });
+        }
         let mut checkpoint = load(&path)?;
         let tokenizer = tokenizer(&checkpoint, &path)?;
         let text = |id: Option<u32>| id.map(|id| tokenizer.token_text(id)).transpose();

@@ -88,6 +88,12 @@ impl Generate {
                 "`{out}` exists: give `--overwrite` or another `--out`"
             )));
         }
+        let parent = self.out.as_ref().and_then(|out| out.parent());
+        if parent.is_some_and(|parent| !parent.as_os_str().is_empty() && !parent.is_dir()) {
+            return Err(Failure::input(
+                "`--out` lies in no directory that exists".to_owned(),
+            ));
+        }
         let workspace = Workspace::load(&ModelSettings {
             path: self.model.clone(),
             adapter: self.adapter.clone().unwrap_or_default(),

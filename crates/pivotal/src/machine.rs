@@ -2,9 +2,17 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+/// The threads asked for; one a core for 0.
+pub(crate) fn threads(asked: usize) -> usize {
+    match asked {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        asked => asked,
+    }
+}
+
 /// The processor, its cores and the system, in words.
 pub(crate) fn description() -> String {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let cores = threads(0);
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = info
         .lines()

@@ -15,7 +15,7 @@ use crate::machine;
 #[derive(Args)]
 pub(crate) struct Quickstart {
     /// Every stage at a fraction of its size: shows that it runs, and nothing about credit.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "seeds")]
     smoke: bool,
     /// Seeds of the preference pairs and their order, with commas between.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 2, 3])]
@@ -43,9 +43,7 @@ impl Quickstart {
                 ..QuickstartSettings::default()
             },
         };
-        if threads > 0 {
-            settings.threads = threads;
-        }
+        settings.threads = machine::threads(threads);
         let begin = Instant::now();
         let mut study = quickstart(&settings, &mut |line| {
             eprintln!("{:6.1} s  {line}", begin.elapsed().as_secs_f64());

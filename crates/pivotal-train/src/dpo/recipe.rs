@@ -2,13 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use pivotal_credit::{CreditConfig, DiagnosticsReport};
+use pivotal_credit::{CreditConfig, DiagnosticsReport, Signal};
 use pivotal_data::{BatchOptions, Batcher, Cursor, DataSet, Order, ReadOptions, tokenize_pairs};
 use serde::Serialize;
 
 use super::{DpoItem, DpoMetrics, DpoObjective, optimize};
 use crate::checkpoint;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::optimizer::NamedAdamW;
 use crate::progress;
 use crate::reference::pair_logps;
@@ -68,7 +68,16 @@ pub struct Summary {
 /// [`crate::Error`]: its kind says whose fault it is. Nothing is written before the inputs have been read and checked.
 pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
     let out = &config.run.out;
-    Run::check(out, mode)?;
+    Run::check(
+        out,
+        mode,
+        &[
+            &config.model.path,
+            &config.model.adapter,
+            &config.data.path,
+            &config.dpo.signals,
+        ],
+    )?;
     config.optimizer.check()?;
     config.dpo.check()?;
     config.credit.resolve()?;
@@ -85,28 +94,44 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
     )?;
     let pairs = tokenized.items;
 
+    let mut credit_config = config.credit.clone();
     let known = match config.dpo.signals.as_os_str().is_empty() {
-        true => signals::from_columns(&tokenized.external),
-        false => signals::from_records(&config.dpo.signals, &pairs)?,
+        true => {
+            credit_config.signal = Signal::External;
+            signals::from_columns(&tokenized.external)
+        }
+        false => {
+            let (known, signal) = signals::from_records(&config.dpo.signals, &pairs)?;
+            credit_config.signal = signal;
+            known
+        }
     };
+    if config.credit.signal_delay != 0 && !config.dpo.signals.as_os_str().is_empty() {
+        return Err(Error::Setting {
+            key: "credit-signal-delay",
+            found: config.credit.signal_delay.to_string(),
+            expected: "0 with `--signals`: records hold the signal as `annotate` moved it",
+        });
+    }
     let seed = config.run.seed;
     let credit = signals::assign(
         &pairs,
         &known,
         Some(&workspace.tokenizer),
-        &config.credit,
+        &credit_config,
         seed,
     )?;
     let (report, warnings) = (credit.report.clone(), credit.warnings.clone());
 
-    let reference = workspace.decoder.base();
+    let mut policy = workspace.trainable(&config.lora, seed)?;
+    // What the policy starts as, an adapter that it starts from included: the first step's loss is ln 2.
+    let reference = workspace.decoder.detached();
     let hash = Workspace::decoder_hash(&reference, config.model.precision)?;
     let budget = config.optimizer.micro_batch_tokens;
     let cache = reference_cache(config);
     let reference_logps = pair_logps(&reference, &pairs, budget, &cache, &hash)?;
     drop(reference);
 
-    let mut policy = workspace.trainable(&config.lora, seed)?;
     let mut optimizer = NamedAdamW::new(&config.optimizer);
     let inputs = [config.data.path.as_path(), &config.dpo.signals];
     let inputs: Vec<&Path> = inputs
@@ -151,7 +176,7 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
     let batches = batches.skip(start as usize).map(|batch| batch.items);
     let bar = progress::bar("dpo", steps);
     bar.set_position(start);
-    let mut last = DpoMetrics::default();
+    let mut last: DpoMetrics = run.last()?.unwrap_or_default();
     let every = config.run.checkpoint_every;
     optimize(
         &mut policy,
@@ -170,7 +195,10 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
             ));
             last = metrics;
             match step == steps || (every > 0 && step % every == 0) {
-                true => checkpoint::save(out, step, policy, optimizer),
+                true => {
+                    run.sync()?;
+                    checkpoint::save(out, step, policy, optimizer)
+                }
                 false => Ok(()),
             }
         },

@@ -60,7 +60,11 @@ pub struct Summary {
 /// [`crate::Error`]: its kind says whose fault it is. Nothing is written before the inputs have been read and checked.
 pub fn train(config: &RewardConfig, mode: StartMode) -> Result<Summary> {
     let out = &config.run.out;
-    Run::check(out, mode)?;
+    Run::check(
+        out,
+        mode,
+        &[&config.model.path, &config.model.adapter, &config.data.path],
+    )?;
     config.optimizer.check()?;
     config.reward.check()?;
     let data = DataSet::read(&config.data.path, ReadOptions::default())?;
@@ -102,7 +106,7 @@ pub fn train(config: &RewardConfig, mode: StartMode) -> Result<Summary> {
     let batches = batches.skip(start as usize).map(|batch| batch.items);
     let bar = progress::bar("reward", steps);
     bar.set_position(start);
-    let mut last = RewardMetrics::default();
+    let mut last: RewardMetrics = run.last()?.unwrap_or_default();
     let every = config.run.checkpoint_every;
     optimize(
         &mut model,
@@ -121,7 +125,10 @@ pub fn train(config: &RewardConfig, mode: StartMode) -> Result<Summary> {
             ));
             last = metrics;
             match step == steps || (every > 0 && step % every == 0) {
-                true => checkpoint::save(out, step, model, optimizer),
+                true => {
+                    run.sync()?;
+                    checkpoint::save(out, step, model, optimizer)
+                }
                 false => Ok(()),
             }
         },

@@ -61,7 +61,11 @@ pub struct Summary {
 /// [`crate::Error`]: its kind says whose fault it is. Nothing is written before the inputs have been read and checked.
 pub fn train(config: &SftConfig, mode: StartMode) -> Result<Summary> {
     let out = &config.run.out;
-    Run::check(out, mode)?;
+    Run::check(
+        out,
+        mode,
+        &[&config.model.path, &config.model.adapter, &config.data.path],
+    )?;
     config.optimizer.check()?;
     let data = DataSet::read(&config.data.path, ReadOptions::default())?;
     let mut workspace = Workspace::load(&config.model)?;
@@ -125,7 +129,7 @@ pub fn train(config: &SftConfig, mode: StartMode) -> Result<Summary> {
     });
     let bar = progress::bar("sft", steps);
     bar.set_position(start);
-    let mut last = SftMetrics::default();
+    let mut last: SftMetrics = run.last()?.unwrap_or_default();
     let every = config.run.checkpoint_every;
     optimize(
         &mut policy,
@@ -139,7 +143,10 @@ pub fn train(config: &SftConfig, mode: StartMode) -> Result<Summary> {
             bar.set_message(format!("loss {:.4}", metrics.loss));
             last = metrics;
             match step == steps || (every > 0 && step % every == 0) {
-                true => checkpoint::save(out, step, policy, optimizer),
+                true => {
+                    run.sync()?;
+                    checkpoint::save(out, step, policy, optimizer)
+                }
                 false => Ok(()),
             }
         },

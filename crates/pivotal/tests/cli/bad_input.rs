@@ -171,10 +171,45 @@ fn models_are_checked() {
 }
 
 #[test]
-fn a_place_that_cannot_be_written_is_the_systems_fault() {
+fn a_place_that_cannot_be_written_is_found_before_the_work() {
     let scratch = Scratch::new();
     let generate = "generate --model MODEL --prompt hi --max-new-tokens 2";
-    let output = scratch.run(&format!("{generate} --out pairs.jsonl/inside"));
-    assert_eq!(output.status.code(), Some(1));
+    says(
+        &scratch.bad(&format!("{generate} --out pairs.jsonl/inside"), ""),
+        &["--out"],
+    );
+    let annotate = "annotate --model MODEL --data pairs.jsonl --oracle run --records";
+    says(
+        &scratch.bad(&format!("{annotate} nowhere/r.jsonl"), "nowhere"),
+        &["records"],
+    );
     assert_eq!(scratch.read("pairs.jsonl"), super::PAIRS);
+}
+
+#[test]
+fn what_would_be_ignored_is_refused() {
+    let scratch = Scratch::new();
+    scratch.good(&format!("{DPO} pairs.jsonl"));
+    says(
+        &scratch.bad("logps --model run --text hi", ""),
+        &["--adapter"],
+    );
+    scratch.good("annotate --model MODEL --data pairs.jsonl --oracle run --records r.jsonl");
+    let masked = "dpo --model MODEL --data pairs.jsonl --signals r.jsonl --out other";
+    says(
+        &scratch.bad(&format!("{masked} --credit-weighting soft"), "other"),
+        &["soft"],
+    );
+    says(
+        &scratch.bad(&format!("{masked} --credit-signal-delay 1"), "other"),
+        &["signal-delay"],
+    );
+    let twice = scratch.read("r.jsonl").repeat(2);
+    scratch.write("twice.jsonl", twice);
+    let masked = masked.replace("r.jsonl", "twice.jsonl");
+    says(&scratch.bad(&masked, "other"), &["twice.jsonl", "line 9"]);
+    std::fs::copy(scratch.path("pairs.jsonl"), scratch.path("run/pairs.jsonl")).unwrap();
+    let inside = scratch.bad(&format!("{DPO} run/pairs.jsonl --overwrite"), "");
+    says(&inside, &["run/pairs.jsonl", "--overwrite"]);
+    assert!(scratch.path("run/pairs.jsonl").is_file());
 }

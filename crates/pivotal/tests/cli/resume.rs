@@ -73,10 +73,41 @@ fn a_killed_process_leaves_a_run_that_resumes() {
             files(&scratch, "whole") == files(&scratch, "killed"),
             "attempt {attempt}"
         );
-        std::fs::remove_dir_all(scratch.path("killed")).unwrap();
-        std::fs::create_dir(scratch.path("killed")).unwrap();
-        std::fs::write(scratch.path("killed/manifest.json"), "{}").unwrap();
     }
+}
+
+#[test]
+fn a_run_cut_short_before_its_first_checkpoint_begins_again() {
+    let scratch = Scratch::new();
+    scratch.good(&format!("{RUN} --out whole"));
+    scratch.good(&format!("{RUN} --out cut"));
+    cut(&scratch, "cut");
+    std::fs::remove_dir_all(scratch.path("cut/checkpoints")).unwrap();
+    scratch.good("dpo --resume cut");
+    assert!(files(&scratch, "whole") == files(&scratch, "cut"));
+}
+
+#[test]
+fn a_finished_or_moved_run_resumes_to_the_same_summary() {
+    let scratch = Scratch::new();
+    scratch.good(&format!("{RUN} --out run"));
+    let before = (scratch.read("run/summary.json"), files(&scratch, "run"));
+    scratch.good("dpo --resume ./run");
+    let last = |summary: &str| {
+        let summary: serde_json::Value = serde_json::from_str(summary).unwrap();
+        (summary["last"].clone(), summary["steps"].clone())
+    };
+    assert_eq!(last(&scratch.read("run/summary.json")), last(&before.0));
+    assert!(files(&scratch, "run") == before.1);
+    std::fs::rename(scratch.path("run"), scratch.path("moved")).unwrap();
+    scratch.good("dpo --resume moved");
+    assert!(files(&scratch, "moved") == before.1);
+    scratch.write("pairs.jsonl", super::PAIRS.replace("blue", "grey"));
+    says(
+        &scratch.bad("dpo --resume moved", ""),
+        &["pairs.jsonl", "changed"],
+    );
+    says(&scratch.bad("sft --resume moved", ""), &["moved"]);
 }
 
 #[test]
