@@ -353,7 +353,7 @@ table! {
         "beta" beta: f64 = 0.1,
         /// What a response's kept log-probabilities are made into: sum, kept_mean or rescaled_sum.
         "normalisation" normalisation: KeptNormalisation = KeptNormalisation::Sum,
-        /// Credit records of `annotate`, whose signals the [credit] table segments; the data's own columns if empty.
+        /// Credit records of `annotate`, whose signals the `[credit]` table segments; the data's own columns if empty.
         "signals" signals: PathBuf = PathBuf::new(),
         /// Directory of cached reference log-probabilities; the run directory's parent has one if empty.
         "reference-cache" reference_cache: PathBuf = PathBuf::new(),
