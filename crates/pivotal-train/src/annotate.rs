@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::score::{Group, token_logps, token_values};
 use crate::settings::{
     AnnotateFlags, AnnotateSettings, AnnotatedSignal, CreditFlags, DataFlags, DataSettings,
-    ModelFlags, ModelSettings, RunFlags, RunSettings,
+    ModelFlags, ModelSettings,
 };
 use crate::signals::{self, PairSignals};
 use crate::table::recipe;
@@ -26,8 +26,6 @@ recipe! {
         data: DataSettings, DataFlags;
         /// `[annotate]`
         annotate: AnnotateSettings, AnnotateFlags;
-        /// `[run]`
-        run: RunSettings, RunFlags;
         /// `[credit]`
         credit: CreditConfig, CreditFlags;
     }
@@ -125,7 +123,7 @@ pub fn annotate(config: &AnnotateConfig, overwrite: bool) -> Result<Summary> {
         &known,
         Some(&workspace.tokenizer),
         &credit,
-        config.run.seed,
+        config.annotate.seed,
     )?;
     let (report, warnings) = (given.report.clone(), given.warnings.clone());
     let logps = reference_logps.as_deref();

@@ -407,6 +407,8 @@ table! {
         "reward-model" reward_model: PathBuf = PathBuf::new(),
         /// For log_ratio: the factor on the log-ratio.
         "signal-beta" signal_beta: f64 = 1.0,
+        /// Seed of the random selections.
+        "seed" seed: u64 = 1,
         /// The file of credit records to write.
         "records" records: PathBuf = PathBuf::new(),
         /// Tokens in one forward pass at most.

@@ -81,8 +81,18 @@ impl Workspace {
     /// # Errors
     /// If an adapter is asked for that does not fit.
     pub fn trainable(&mut self, lora: &LoraSettings, seed: u64) -> Result<Decoder> {
+        if self.decoder.has_adapter() {
+            // Its rank and scale are its own; a configuration that says otherwise would be untrue of the run.
+            return match *lora == LoraSettings::default() {
+                true => Ok(self.decoder.clone()),
+                false => Err(Error::Setting {
+                    key: "lora-rank, lora-alpha or lora-targets",
+                    found: "given beside `--adapter`".into(),
+                    expected: "the adapter's own: leave them out",
+                }),
+            };
+        }
         match lora.spec() {
-            _ if self.decoder.has_adapter() => Ok(self.decoder.clone()),
             Some(spec) => Ok(self.decoder.clone().with_lora(&spec, seed)?),
             None => Ok(self.decoder.clone().trainable()),
         }
