@@ -12,6 +12,7 @@
 //! What the processor offers beyond the compile-time target (AVX-512, bf16 dot products) is found at run time; the portable
 //! path is never absent.
 
+pub mod account;
 mod attention;
 mod attention_backward;
 #[cfg(target_arch = "x86_64")]
