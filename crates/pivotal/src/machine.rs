@@ -21,6 +21,18 @@ pub(crate) fn description() -> String {
     format!("{name}, {cores} cores, {}", std::env::consts::OS)
 }
 
+/// The most memory the process has held, where the system tells.
+pub(crate) fn peak_bytes() -> Option<u64> {
+    kibibytes("/proc/self/status", "VmHWM:")
+}
+
+fn kibibytes(file: &str, key: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let value = text.lines().find_map(|line| line.strip_prefix(key))?;
+    let kibibytes: u64 = value.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(1024 * kibibytes)
+}
+
 /// Today's date in UTC, as year-month-day.
 pub(crate) fn today() -> String {
     let seconds = SystemTime::now()

@@ -5,6 +5,7 @@
 // Printing is what this crate is for.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod bench;
 mod failure;
 mod generate;
 mod lab;
@@ -52,6 +53,8 @@ enum Command {
     Generate(generate::Generate),
     /// Print a text's token ids and the log-probability of each token after the first, as one JSON line.
     Logps(logps::Logps),
+    /// Measure steps, scoring, sampling and credit on this machine, beside its matrix products.
+    Bench(bench::Settings),
     /// How the embedded world's start policy and settings were made.
     Lab(lab::Lab),
 }
@@ -79,6 +82,7 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Dpo(command) => command.run(),
         Command::Generate(command) => command.run(),
         Command::Logps(command) => command.run(),
+        Command::Bench(command) => command.run(arguments.threads),
         Command::Lab(command) => command.run(arguments.threads),
     }
 }
