@@ -79,7 +79,9 @@ pub enum ResolvedBaseline {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct FadingMean {
+    #[serde(with = "crate::exact")]
     sum: f64,
+    #[serde(with = "crate::exact")]
     weight: f64,
 }
 

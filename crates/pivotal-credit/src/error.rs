@@ -103,6 +103,32 @@ pub enum Error {
         /// The keys there are.
         expected: String,
     },
+    /// Two lists that must be of one length.
+    #[error("`{column}` has {found} values, expected {expected}")]
+    Unequal {
+        /// Name of the column.
+        column: &'static str,
+        /// The length asked for.
+        expected: usize,
+        /// The length met.
+        found: usize,
+    },
+    /// A number that came out of a model and is not finite.
+    #[error("`{column}` is {value} at index {index}, expected a finite number")]
+    NotFiniteColumn {
+        /// Name of the column.
+        column: &'static str,
+        /// Which value.
+        index: usize,
+        /// The value met.
+        value: f64,
+    },
+    /// A segment's reward that no token can be paid.
+    #[error("segment {segment} has a reward and no token of the model's own")]
+    NoPlace {
+        /// Which segment.
+        segment: usize,
+    },
     /// A saved state that belongs to another baseline.
     #[error(
         "the saved baseline state is of `{found}`, expected `{expected}`; resume with the same credit rule"
@@ -120,6 +146,7 @@ impl HasKind for Error {
         match self {
             // A column of the data is the input's fault; a computed signal means a model diverged.
             Self::NotFinite { signal, .. } if *signal != Signal::External => ErrorKind::NotFinite,
+            Self::NotFiniteColumn { .. } => ErrorKind::NotFinite,
             _ => ErrorKind::Input,
         }
     }

@@ -1,17 +1,22 @@
 #![doc = include_str!("../README.md")]
 
+mod advantage;
 mod agreement;
 mod assign;
 mod baseline;
+mod check;
 mod config;
 mod cut;
 mod diagnostics;
 mod drift;
 mod error;
+mod exact;
 mod fast;
+mod kl_controller;
 mod named;
 mod offset;
 mod response;
+mod reward;
 mod rule;
 mod score;
 mod segment;
@@ -20,6 +25,11 @@ mod signal;
 mod trigger;
 mod warning;
 
+pub use advantage::{
+    AfterTruncation, Gae, GaeTerms, GroupAdvantage, GroupAdvantages, MaskedValues, RunningBaseline,
+    ScoreBaseline, Variance, WHITEN_EPSILON, WhitenMean, Whitened, discounted_returns,
+    explained_variance, group_advantages, sequence_signs, whiten,
+};
 pub use agreement::{Agreement, AgreementCounts};
 pub use assign::{Credit, CreditState};
 pub use baseline::{Baseline, BaselineState, Positions, ResolvedBaseline};
@@ -29,8 +39,13 @@ pub use diagnostics::{Diagnostics, DiagnosticsReport, SideReport};
 pub use drift::Drift;
 pub use error::{Error, Result};
 pub use fast::{jump_mask, schmitt_mask};
+pub use kl_controller::KlController;
 pub use offset::Width;
 pub use response::{RecordSample, Response, ResponseCredit};
+pub use reward::{
+    Ending, KlEstimator, KlPenalty, KlShaped, KlSum, MissingEos, ScoreNormalisation, ScoreRule,
+    ShapedScore, Spread, SpreadParts, spread_reward,
+};
 pub use rule::CreditRule;
 pub use score::Score;
 pub use segment::{Segment, merge_short, segments_from_cuts};
