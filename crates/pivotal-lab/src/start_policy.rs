@@ -157,8 +157,8 @@ pub fn train(
     for step in 0..stop.unwrap_or(settings.steps).min(settings.steps) {
         let batch = training_batch(&settings.corpus, settings.seed, step)?;
         let batch: Vec<_> = batch.iter().collect();
-        let budget = optimizer_settings.micro_batch_tokens;
-        let (gradients, mut metrics) = sft::gradients(&mut policy, &batch, budget, step + 1)?;
+        let (gradients, mut metrics) =
+            sft::gradients(&mut policy, &batch, &optimizer_settings, step + 1)?;
         metrics.lr = settings.lr(step);
         metrics.grad_norm = optimizer.step(&mut policy, gradients, metrics.lr, step + 1)?;
         after(step + 1, metrics);

@@ -100,9 +100,7 @@ impl Decoder {
     pub fn hidden(&self, pack: &Pack) -> Result<Tensor<2>> {
         self.check(pack)?;
         let layout = self.layout(pack);
-        let ids: Vec<i32> = pack.token_ids.iter().map(|&id| id as i32).collect();
-        let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [pack.len()]), &self.device);
-        let mut x = self.embed_tokens.clone().select(0, ids);
+        let mut x = self.embed_tokens.clone().select(0, self.token_ids(pack));
         for layer in &self.layers {
             x = layer.forward(x, &layout, self.eps(), self.precision);
         }
@@ -204,11 +202,11 @@ impl Decoder {
         });
     }
 
-    fn eps(&self) -> f32 {
+    pub(crate) fn eps(&self) -> f32 {
         self.config.rms_norm_eps as f32
     }
 
-    fn check(&self, pack: &Pack) -> Result<()> {
+    pub(crate) fn check(&self, pack: &Pack) -> Result<()> {
         self.config.check_tokens(&pack.token_ids)?;
         self.config.check_length(
             pack.position_ids
@@ -218,7 +216,12 @@ impl Decoder {
         )
     }
 
-    fn layout(&self, pack: &Pack) -> AttentionLayout {
+    pub(crate) fn token_ids(&self, pack: &Pack) -> Tensor<1, Int> {
+        let ids: Vec<i32> = pack.token_ids.iter().map(|&id| id as i32).collect();
+        Tensor::from_data(TensorData::new(ids, [pack.len()]), &self.device)
+    }
+
+    pub(crate) fn layout(&self, pack: &Pack) -> AttentionLayout {
         let spans: Vec<_> = pack
             .spans
             .iter()
@@ -286,7 +289,7 @@ impl Layer {
         })
     }
 
-    fn forward(
+    pub(crate) fn forward(
         &self,
         x: Tensor<2>,
         layout: &AttentionLayout,
@@ -320,7 +323,7 @@ impl Layer {
         ]
     }
 
-    fn visit(&mut self, path: &str, visit: &mut Visitor<'_>) {
+    pub(crate) fn visit(&mut self, path: &str, visit: &mut Visitor<'_>) {
         let norm = &mut self.input_layernorm;
         visit(
             &format!("{path}.input_layernorm.weight"),

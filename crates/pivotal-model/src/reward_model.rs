@@ -79,11 +79,18 @@ impl RewardModel {
     /// # Errors
     /// As [`Decoder::hidden`].
     pub fn values(&self, pack: &Pack) -> Result<Tensor<1>> {
-        let hidden = self.decoder.hidden(pack)?;
-        let tokens = pack.len();
-        Ok(hidden
+        Ok(self.values_of(self.decoder.hidden(pack)?))
+    }
+
+    /// The values that the head reads from hidden states.
+    ///
+    /// # Shapes
+    /// `hidden` `[tokens, hidden]` of [`Decoder::hidden`]; returns `[tokens]`.
+    pub fn values_of(&self, hidden: Tensor<2>) -> Tensor<1> {
+        let [tokens, _] = hidden.dims();
+        hidden
             .matmul(self.head.clone().transpose())
-            .reshape([tokens]))
+            .reshape([tokens])
     }
 
     /// The same model off the tape, for scoring.
@@ -111,6 +118,12 @@ impl Parameters for RewardModel {
     fn visit_parameters(&mut self, visit: &mut Visitor<'_>) {
         self.decoder.visit_parameters(visit);
         visit(VALUE_HEAD, Parameter::Matrix(&mut self.head));
+    }
+}
+
+impl AsMut<Decoder> for RewardModel {
+    fn as_mut(&mut self) -> &mut Decoder {
+        &mut self.decoder
     }
 }
 

@@ -102,7 +102,8 @@ fn step(bencher: Bencher, lora: bool, kept: f64) {
     };
     let items = items(kept);
     let items: Vec<&DpoItem> = items.iter().collect();
-    let mut optimizer = NamedAdamW::new(&OptimizerSettings::default());
+    let settings = OptimizerSettings::default();
+    let mut optimizer = NamedAdamW::new(&settings);
     let objective = DpoObjective {
         beta: 0.1,
         normalisation: Normalisation::Sum,
@@ -112,7 +113,8 @@ fn step(bencher: Bencher, lora: bool, kept: f64) {
             PAIRS * (PROMPT_TOKENS + 2 * RESPONSE_TOKENS),
         ))
         .bench_local(|| {
-            let (sum, _) = gradients(&mut policy, &items, objective, 4096, 1).expect("it fits");
+            let (sum, _) =
+                gradients(&mut policy, &items, objective, &settings, 1).expect("it fits");
             optimizer
                 .step(&mut policy, sum, 1e-6, 1)
                 .expect("it is finite")

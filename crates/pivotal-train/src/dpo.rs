@@ -5,13 +5,15 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 use pivotal_core::{Gather, Pack, TokenMask, TokenizedPair};
+use pivotal_data::{micro_batches, pack_pairs};
 use pivotal_loss::{Normalisation, PairLogps, ResponseIndex, kept_sums};
 use pivotal_model::Decoder;
 use serde::{Deserialize, Serialize};
 
+use crate::activations::Activations;
 use crate::error::{Error, Result};
 use crate::optimizer::{GradientSum, NamedAdamW};
-use crate::score::{ranges_of, values};
+use crate::score::values;
 use crate::settings::OptimizerSettings;
 
 mod recipe;
@@ -71,18 +73,19 @@ pub fn gradients(
     policy: &mut Decoder,
     items: &[&DpoItem],
     objective: DpoObjective,
-    micro_batch_tokens: usize,
+    settings: &OptimizerSettings,
     step: u64,
 ) -> Result<(GradientSum, DpoMetrics)> {
     let mut sum = GradientSum::default();
     let mut metrics = kept_metrics(items);
-    let tokens = items.iter().map(|item| item_tokens(item));
-    for range in ranges_of(tokens, micro_batch_tokens) {
+    let tokens: Vec<usize> = items.iter().map(|item| item_tokens(item)).collect();
+    for range in micro_batches(&tokens, settings.micro_batch_tokens)? {
         micro_batch(
             policy,
             &items[range],
             items.len(),
             objective,
+            settings.activations,
             step,
             &mut sum,
             &mut metrics,
@@ -93,31 +96,35 @@ pub fn gradients(
     Ok((sum, metrics))
 }
 
+#[expect(
+    clippy::too_many_arguments,
+    reason = "a struct of them would be built and taken apart in one place each"
+)]
 fn micro_batch(
     policy: &mut Decoder,
     items: &[&DpoItem],
     step_pairs: usize,
     objective: DpoObjective,
+    activations: Activations,
     step: u64,
     sum: &mut GradientSum,
     metrics: &mut DpoMetrics,
 ) -> Result<()> {
     let pairs = items.len();
-    let mut pack = Pack::default();
-    for DpoItem { pair, .. } in items {
-        pack.push(&pair.prompt, &[&pair.chosen, &pair.rejected])?;
-    }
+    let pack = pack_pairs(items.iter().map(|item| &item.pair))?;
     let kept = |response: usize, position: usize| {
         items[response / 2].keep[response % 2].as_slice()[position]
     };
     let gathers = pack.gather(kept);
     let device = policy.device().clone();
+    let mut pass = None;
     let (policy_logps, reference_logps) = match gathers.is_empty() {
         true => (zeros(2 * pairs, &device), zeros(2 * pairs, &device)),
         false => {
             let index = response_index(&pack, &gathers)?;
-            let hidden = policy.hidden(&pack)?;
-            let policy_logps = policy.token_logps(&hidden, &gathers);
+            let recomputed = activations.recomputed_layers(policy, pack.len());
+            let pass = pass.insert(policy.forward(&pack, recomputed)?);
+            let policy_logps = policy.token_logps(&pass.hidden, &gathers);
             let reference = reference_logps(items, &gathers, &device);
             let all = TokenMask::all(gathers.len());
             metrics.chosen_kept_shift += chosen_shift(&gathers, &policy_logps, &reference);
@@ -150,9 +157,8 @@ fn micro_batch(
         metrics.rejected_reward += share * f64::from(*rejected);
         metrics.accuracy += share * above(*chosen, *rejected);
     }
-    if !gathers.is_empty() {
-        let gradients = (terms.loss.sum() * share).backward();
-        sum.add(policy, &gradients);
+    if let Some(pass) = pass {
+        sum.add_pass(policy, pass, terms.loss.sum() * share);
     }
     Ok(())
 }
@@ -180,8 +186,7 @@ pub fn optimize(
     let steps = range.end;
     for (step, batch) in range.zip(batches) {
         let batch: Vec<&DpoItem> = batch.iter().map(|&index| &items[index]).collect();
-        let budget = settings.micro_batch_tokens;
-        let (sum, mut metrics) = gradients(policy, &batch, objective, budget, step + 1)?;
+        let (sum, mut metrics) = gradients(policy, &batch, objective, settings, step + 1)?;
         metrics.lr = settings.lr * settings.schedule.factor(step, steps, settings.warmup_steps);
         metrics.grad_norm = optimizer.step(policy, sum, metrics.lr, step + 1)?;
         after(step + 1, metrics, policy, optimizer)?;

@@ -4,6 +4,7 @@
 //! [`reward`] train; [`annotate`] scores every token of a data set. What they share are functions: the [`optimizer`]
 //! over named parameters, the [`run`] directory, [`score`] for everything that needs no gradient.
 
+mod activations;
 pub mod annotate;
 mod checkpoint;
 mod config_file;
@@ -22,6 +23,7 @@ pub mod signals;
 mod table;
 pub mod workspace;
 
+pub use activations::Activations;
 pub use config_file::{read_config, show_config};
 pub use error::{Error, Result};
 pub use run::StartMode;

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use burn::optim::{AdamW, AdamWConfig, AdamWState, AdaptiveMomentumState, Optimizer};
 use burn::tensor::{Gradients, Tensor, TensorData};
-use pivotal_model::{HostTensor, Parameter, Parameters};
+use pivotal_model::{Decoder, ForwardPass, HostTensor, Parameter, Parameters};
 
 use crate::error::{Error, Result};
 use crate::settings::OptimizerSettings;
@@ -29,7 +29,7 @@ pub struct GradientSum {
 
 impl GradientSum {
     /// Adds the gradients of one backward pass. A parameter that the loss did not reach adds nothing.
-    pub fn add(&mut self, model: &mut impl Parameters, gradients: &Gradients) {
+    pub fn add(&mut self, model: &mut dyn Parameters, gradients: &Gradients) {
         model.visit_parameters(&mut |name, parameter| match parameter {
             Parameter::Matrix(tensor) => {
                 if let Some(gradient) = tensor.grad(gradients) {
@@ -42,6 +42,31 @@ impl GradientSum {
                 }
             }
         });
+    }
+
+    /// Differentiates `loss`, which `model` made of the hidden states of `pass`, and adds its gradients.
+    ///
+    /// # Panics
+    /// If no parameter has a part in the loss.
+    pub fn add_pass<M: Parameters + AsMut<Decoder>>(
+        &mut self,
+        model: &mut M,
+        pass: ForwardPass,
+        loss: Tensor<1>,
+    ) {
+        pass.backward(model, loss, &mut |part, gradients| {
+            self.add(part, gradients)
+        });
+    }
+
+    /// The gradients by parameter name, in host memory.
+    pub fn to_host(&self) -> BTreeMap<String, HostTensor> {
+        let matrices = self.matrices.iter();
+        let vectors = self.vectors.iter();
+        matrices
+            .map(|(name, gradient)| (name.clone(), host(gradient.clone())))
+            .chain(vectors.map(|(name, gradient)| (name.clone(), host(gradient.clone()))))
+            .collect()
     }
 
     /// The Euclidean norm over all gradients, in f64, and in the order of the names.
@@ -236,7 +261,7 @@ fn host<const D: usize>(tensor: Tensor<D>) -> HostTensor {
     let data = tensor
         .into_data()
         .try_to_vec::<f32>()
-        .expect("moments are f32");
+        .expect("gradients and moments are f32");
     HostTensor::new(shape, data).expect("a tensor has as many values as its shape says")
 }
 

@@ -4,15 +4,16 @@
 
 use burn::tensor::{Int, Tensor, TensorData};
 use pivotal_core::{Pack, TokenizedPair};
+use pivotal_data::{micro_batches, pack_pairs};
 use pivotal_loss::{
     ResponseIndex, ScorePair, bradley_terry, center_penalty, sequence_scores, token_l2_penalty,
 };
-use pivotal_model::RewardModel;
+use pivotal_model::{ForwardPass, RewardModel};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::optimizer::{GradientSum, NamedAdamW};
-use crate::score::{ranges_of, values};
+use crate::score::values;
 use crate::settings::{OptimizerSettings, RewardSettings};
 
 mod recipe;
@@ -43,8 +44,8 @@ pub struct RewardMetrics {
 pub fn gradients(
     model: &mut RewardModel,
     pairs: &[&TokenizedPair],
-    settings: &RewardSettings,
-    micro_batch_tokens: usize,
+    reward: &RewardSettings,
+    settings: &OptimizerSettings,
     step: u64,
 ) -> Result<(GradientSum, RewardMetrics)> {
     let mut sum = GradientSum::default();
@@ -54,21 +55,22 @@ pub fn gradients(
         .map(|pair| pair.chosen.len() + pair.rejected.len())
         .sum();
     let share = 1.0 / pairs.len() as f64;
-    let tokens = pairs
+    let tokens: Vec<usize> = pairs
         .iter()
-        .map(|p| p.prompt.len() + p.chosen.len() + p.rejected.len());
-    for range in ranges_of(tokens, micro_batch_tokens) {
+        .map(|p| p.prompt.len() + p.chosen.len() + p.rejected.len())
+        .collect();
+    for range in micro_batches(&tokens, settings.micro_batch_tokens)? {
         let pairs = &pairs[range];
-        let mut pack = Pack::default();
-        for pair in pairs {
-            pack.push(&pair.prompt, &[&pair.chosen, &pair.rejected])?;
-        }
-        let (token_values, index) = response_values(model, &pack)?;
-        let scores = sequence_scores(token_values.clone(), &index, settings.aggregation.into())?;
+        let pack = pack_pairs(pairs.iter().copied())?;
+        let decoder = &model.decoder;
+        let recomputed = settings.activations.recomputed_layers(decoder, pack.len());
+        let pass = decoder.forward(&pack, recomputed)?;
+        let (token_values, index) = response_values(model, &pass, &pack);
+        let scores = sequence_scores(token_values.clone(), &index, reward.aggregation.into())?;
         let scores = sides(scores);
         let terms = bradley_terry(scores.clone())?;
-        let centred = center_penalty(scores.clone(), settings.center)?;
-        let small = token_l2_penalty(token_values, settings.token_l2)?;
+        let centred = center_penalty(scores.clone(), reward.center)?;
+        let small = token_l2_penalty(token_values, reward.token_l2)?;
         let losses = terms.loss + centred;
         let host = values(losses.clone());
         let bad = pairs
@@ -97,7 +99,7 @@ pub fn gradients(
                 };
             metrics.mean_score += share * f64::from(chosen + rejected) / 2.0;
         }
-        sum.add(model, &loss.backward());
+        sum.add_pass(model, pass, loss);
     }
     Ok((sum, metrics))
 }
@@ -125,8 +127,7 @@ pub fn optimize(
     let steps = range.end;
     for (step, batch) in range.zip(batches) {
         let batch: Vec<&TokenizedPair> = batch.iter().map(|&index| &pairs[index]).collect();
-        let budget = settings.micro_batch_tokens;
-        let (sum, mut metrics) = gradients(model, &batch, reward, budget, step + 1)?;
+        let (sum, mut metrics) = gradients(model, &batch, reward, settings, step + 1)?;
         metrics.lr = settings.lr * settings.schedule.factor(step, steps, settings.warmup_steps);
         metrics.grad_norm = optimizer.step(model, sum, metrics.lr, step + 1)?;
         after(step + 1, metrics, model, optimizer)?;
@@ -135,7 +136,11 @@ pub fn optimize(
 }
 
 /// The values of the response tokens alone, one response after the other.
-fn response_values(model: &RewardModel, pack: &Pack) -> Result<(Tensor<1>, ResponseIndex)> {
+fn response_values(
+    model: &RewardModel,
+    pass: &ForwardPass,
+    pack: &Pack,
+) -> (Tensor<1>, ResponseIndex) {
     let spans = (0..pack.responses.len()).map(|response| pack.response_span(response));
     let lengths: Vec<usize> = spans.clone().map(|span| span.len).collect();
     let rows: Vec<i32> = spans
@@ -144,8 +149,8 @@ fn response_values(model: &RewardModel, pack: &Pack) -> Result<(Tensor<1>, Respo
         .collect();
     let data = TensorData::new(rows.clone(), [rows.len()]);
     let rows = Tensor::<1, Int>::from_data(data, model.decoder.device());
-    let chosen = model.values(pack)?.select(0, rows);
-    Ok((chosen, ResponseIndex::of_whole_responses(&lengths)))
+    let chosen = model.values_of(pass.hidden.clone()).select(0, rows);
+    (chosen, ResponseIndex::of_whole_responses(&lengths))
 }
 
 /// Chosen responses are the even ones of a packed batch of pairs.

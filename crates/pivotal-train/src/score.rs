@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use burn::tensor::Tensor;
 use pivotal_core::{Pack, TokenizedPair};
+use pivotal_data::micro_batches;
 use pivotal_model::{Decoder, RewardModel};
 
 use crate::error::Result;
@@ -58,7 +59,7 @@ pub fn token_logps(
 ) -> Result<Vec<Vec<Vec<f32>>>> {
     let decoder = decoder.detached();
     let mut all = Vec::with_capacity(groups.len());
-    for range in ranges(groups, micro_batch_tokens) {
+    for range in ranges(groups, micro_batch_tokens)? {
         let groups = &groups[range];
         let pack = pack(groups)?;
         let gathers = pack.gather(|_, _| true);
@@ -83,7 +84,7 @@ pub fn token_values(
 ) -> Result<Vec<Vec<ResponseValues>>> {
     let model = model.detached();
     let mut all = Vec::with_capacity(groups.len());
-    for range in ranges(groups, micro_batch_tokens) {
+    for range in ranges(groups, micro_batch_tokens)? {
         let groups = &groups[range];
         let pack = pack(groups)?;
         let levels = values(model.values(&pack)?);
@@ -103,26 +104,9 @@ pub fn token_values(
     Ok(all)
 }
 
-/// Consecutive items of at most `budget` tokens together, at least one each.
-pub(crate) fn ranges_of(tokens: impl Iterator<Item = usize>, budget: usize) -> Vec<Range<usize>> {
-    let mut ranges = Vec::new();
-    let (mut start, mut sum, mut end) = (0, 0, 0);
-    for count in tokens {
-        if end > start && sum + count > budget {
-            ranges.push(start..end);
-            (start, sum) = (end, 0);
-        }
-        sum += count;
-        end += 1;
-    }
-    if end > start {
-        ranges.push(start..end);
-    }
-    ranges
-}
-
-fn ranges(groups: &[Group<'_>], budget: usize) -> Vec<Range<usize>> {
-    ranges_of(groups.iter().map(Group::tokens), budget)
+fn ranges(groups: &[Group<'_>], budget: usize) -> Result<Vec<Range<usize>>> {
+    let tokens: Vec<usize> = groups.iter().map(Group::tokens).collect();
+    Ok(micro_batches(&tokens, budget)?)
 }
 
 fn pack(groups: &[Group<'_>]) -> Result<Pack> {
@@ -158,16 +142,4 @@ pub(crate) fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
         .into_data()
         .try_to_vec::<f32>()
         .expect("models compute in f32")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::ranges_of;
-
-    #[test]
-    fn ranges_tile_and_respect_the_budget_where_they_can() {
-        assert_eq!(ranges_of([3, 3, 9, 1].into_iter(), 6), [0..2, 2..3, 3..4]);
-        assert!(ranges_of(std::iter::empty(), 6).is_empty());
-        assert_eq!(ranges_of([7, 7].into_iter(), 6), [0..1, 1..2]);
-    }
 }

@@ -9,6 +9,7 @@ use pivotal_loss::{Normalisation, ScoreAggregation};
 use pivotal_model::LoraSpec;
 use serde::{Deserialize, Serialize};
 
+use crate::activations::Activations;
 use crate::error::{Error, Result};
 use crate::schedule::Schedule;
 use crate::table::table;
@@ -245,6 +246,9 @@ table! {
         "batch" batch: usize = 8,
         /// Tokens in one forward pass at most; a step takes as many passes as it needs, with the same result.
         "micro-batch-tokens" micro_batch_tokens: usize = 4096,
+        /// Activations kept for the backward pass: keep, recompute, or a size such as 512MiB.
+        /// What is not kept is computed again, layer by layer: more time, less memory, the same gradients.
+        "activations" activations: Activations = Activations::Keep,
         /// Passes over the data.
         "epochs" epochs: u64 = 1,
         /// Optimizer steps; 0 takes as many as the epochs need.

@@ -3,13 +3,14 @@
 //! The loss is `-Σ M·log π / ΣM` with the denominator over the whole optimizer step, so that it does not depend on how
 //! the step is cut into micro-batches.
 
-use pivotal_core::{Pack, TokenMask, TokenizedResponse};
+use pivotal_core::{TokenMask, TokenizedResponse};
+use pivotal_data::{micro_batches, pack_responses};
 use pivotal_model::Decoder;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::optimizer::{GradientSum, NamedAdamW};
-use crate::score::{ranges_of, values};
+use crate::score::values;
 use crate::settings::OptimizerSettings;
 
 mod recipe;
@@ -36,7 +37,7 @@ pub struct SftMetrics {
 pub fn gradients(
     policy: &mut Decoder,
     items: &[&TokenizedResponse],
-    micro_batch_tokens: usize,
+    settings: &OptimizerSettings,
     step: u64,
 ) -> Result<(GradientSum, SftMetrics)> {
     let kept = |item: &TokenizedResponse| item.response_mask.iter().filter(|&&own| own).count();
@@ -46,21 +47,20 @@ pub fn gradients(
         kept_tokens,
         ..SftMetrics::default()
     };
-    let tokens = items
+    let tokens: Vec<usize> = items
         .iter()
-        .map(|item| item.prompt.len() + item.response.len());
-    for range in ranges_of(tokens, micro_batch_tokens) {
+        .map(|item| item.prompt.len() + item.response.len())
+        .collect();
+    for range in micro_batches(&tokens, settings.micro_batch_tokens)? {
         let items = &items[range];
-        let mut pack = Pack::default();
-        for item in items {
-            pack.push(&item.prompt, &[&item.response])?;
-        }
+        let pack = pack_responses(items.iter().copied())?;
         let gathers = pack.gather(|response, position| items[response].response_mask[position]);
         if gathers.is_empty() {
             continue;
         }
-        let hidden = policy.hidden(&pack)?;
-        let logps = policy.token_logps(&hidden, &gathers);
+        let recomputed = settings.activations.recomputed_layers(policy, pack.len());
+        let pass = policy.forward(&pack, recomputed)?;
+        let logps = policy.token_logps(&pass.hidden, &gathers);
         let keep = TokenMask::all(gathers.len());
         let terms = pivotal_loss::sft(logps, &keep, kept_tokens as f64)?;
         let losses = values(terms.loss.clone());
@@ -78,7 +78,7 @@ pub fn gradients(
             });
         }
         metrics.loss += losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
-        sum.add(policy, &terms.loss.sum().backward());
+        sum.add_pass(policy, pass, terms.loss.sum());
     }
     Ok((sum, metrics))
 }
@@ -100,7 +100,7 @@ pub fn optimize(
     let steps = range.end;
     for (step, batch) in range.zip(batches) {
         let batch: Vec<&TokenizedResponse> = batch.iter().collect();
-        let (sum, mut metrics) = gradients(policy, &batch, settings.micro_batch_tokens, step + 1)?;
+        let (sum, mut metrics) = gradients(policy, &batch, settings, step + 1)?;
         metrics.lr = settings.lr * settings.schedule.factor(step, steps, settings.warmup_steps);
         metrics.grad_norm = optimizer.step(policy, sum, metrics.lr, step + 1)?;
         after(step + 1, metrics, policy, optimizer)?;

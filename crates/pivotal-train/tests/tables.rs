@@ -188,7 +188,8 @@ fn dpo_table(name: &str, micro_batch_tokens: usize) {
     )
     .unwrap();
     let all: Vec<_> = items.iter().collect();
-    let (sum, metrics) = dpo::gradients(&mut policy, &all, objective, 64, 6).unwrap();
+    settings.micro_batch_tokens = 64;
+    let (sum, metrics) = dpo::gradients(&mut policy, &all, objective, &settings, 6).unwrap();
     losses.push(metrics.loss);
     norms.push(sum.norm());
     check(name, table, &losses, &norms);
@@ -250,7 +251,14 @@ fn the_first_step_of_dpo_has_loss_ln_2() {
             normalisation: Normalisation::Sum,
         };
         let mut policy = base.clone().trainable();
-        let (_, metrics) = dpo::gradients(&mut policy, &items, objective, 1024, 1).unwrap();
+        let (_, metrics) = dpo::gradients(
+            &mut policy,
+            &items,
+            objective,
+            &OptimizerSettings::default(),
+            1,
+        )
+        .unwrap();
         close("loss", metrics.loss, std::f64::consts::LN_2, 1e-6);
     }
 }
