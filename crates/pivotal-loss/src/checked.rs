@@ -41,6 +41,32 @@ pub fn log_sum_exp(x: Tensor<2>) -> Tensor<1> {
     (sum.log() + largest).squeeze_dim(1)
 }
 
+/// `e^x - 1 - x`, element by element: at least 0, and right to the last digits also near 0, where the three terms cancel.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// let x = Tensor::<1>::from_floats([0.0, 1.0, 1e-4], &Device::flex());
+/// let y = pivotal_loss::exp_remainder(x).try_into_vec_as::<f32>().unwrap();
+/// assert_eq!(y[0], 0.0);
+/// assert!((y[1] - (std::f32::consts::E - 2.0)).abs() < 1e-6);
+/// assert!((y[2] / 0.5e-8 - 1.0).abs() < 1e-4);
+/// ```
+pub fn exp_remainder<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    let small = x.clone().detach().abs().lower_elem(SERIES_BELOW);
+    // Horner's form of x²/2·(1 + x/3·(1 + x/4·(…))), to x⁹.
+    let mut series = x.ones_like();
+    for order in (3..=9).rev() {
+        series = (series * x.clone().mul_scalar(f64::from(order).recip())).add_scalar(1.0);
+    }
+    let series = series * x.clone().square().mul_scalar(0.5);
+    let plain = x.clone().exp().sub_scalar(1.0) - x;
+    plain.mask_where(small, series)
+}
+
+/// Below this the first term that [`exp_remainder`]'s series leaves out is under 1e-15 of its value.
+const SERIES_BELOW: f64 = 0.0625;
+
 #[cfg(test)]
 mod tests {
     use burn::tensor::{DType, Device, TensorData};
@@ -83,6 +109,39 @@ mod tests {
         for ((x, value), gradient) in points.iter().zip(value).zip(gradient) {
             assert!((value + (-x).exp().ln_1p()).abs() < 1e-14, "{x}");
             assert!((gradient - 1.0 / (1.0 + x.exp())).abs() < 1e-15, "{x}");
+        }
+    }
+
+    #[test]
+    fn exp_remainder_and_its_slope_hold_on_both_sides_of_the_series() {
+        let device = Device::flex().autodiff();
+        let points = [
+            -20.0, -0.07, -0.06, -1e-5, 0.0, 1e-9, 1e-5, 0.06, 0.07, 3.0f64,
+        ];
+        for dtype in [DType::F32, DType::F64] {
+            let relative = if dtype == DType::F32 { 2e-4 } else { 1e-12 };
+            let data = TensorData::new(points.to_vec(), [points.len()]);
+            let x = Tensor::<1>::from_data(data, (&device, dtype)).require_grad();
+            let y = exp_remainder(x.clone());
+            let grads = y.clone().sum().backward();
+            let gradient: Vec<f64> = x.grad(&grads).unwrap().try_into_vec_as().unwrap();
+            let y: Vec<f64> = y.try_into_vec_as().unwrap();
+            for ((&x, y), gradient) in points.iter().zip(y).zip(gradient) {
+                let expected = match x.abs() < 1e-4 {
+                    true => x * x * (0.5 + x / 6.0 + x * x / 24.0),
+                    false => x.exp_m1() - x,
+                };
+                assert!(y >= 0.0, "{dtype:?} {x}: {y}");
+                assert!(
+                    (y - expected).abs() <= relative * expected,
+                    "{dtype:?} {x}: {y}"
+                );
+                let slope = x.exp_m1();
+                assert!(
+                    (gradient - slope).abs() <= relative * slope.abs(),
+                    "{dtype:?} {x}: {gradient}"
+                );
+            }
         }
     }
 

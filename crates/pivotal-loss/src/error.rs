@@ -27,6 +27,24 @@ pub enum LossError {
         /// The value met.
         found: f64,
     },
+    /// An input of which at least one entry is needed.
+    #[error("`{name}` is empty, expected at least one entry")]
+    Empty {
+        /// Which input.
+        name: &'static str,
+    },
+    /// A denominator of an optimizer step that is smaller than what one batch of the step holds.
+    #[error(
+        "`{name}` is {found}, expected at least the {here} of this batch: it counts the whole optimizer step"
+    )]
+    StepCount {
+        /// Which denominator.
+        name: &'static str,
+        /// What this batch alone holds.
+        here: usize,
+        /// The denominator given.
+        found: usize,
+    },
     /// A token that belongs to no response of the batch.
     #[error("token {token} belongs to response {found}, expected one of {responses}")]
     NoSuchResponse {

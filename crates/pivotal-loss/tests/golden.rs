@@ -1,56 +1,18 @@
 //! Values and gradients of the reference implementations, in f64 (made by `scripts/golden/losses.py`).
 
-use burn::tensor::{DType, Device, Tensor, TensorData};
-use pivotal_core::TokenMask;
+#[path = "support/fixture.rs"]
+mod fixture;
+mod support;
+
+use burn::tensor::Tensor;
+use fixture::{cases, mask};
 use pivotal_loss::{
     Normalisation, PairLogps, ResponseIndex, ScoreAggregation, ScorePair, bradley_terry, cdpo,
     center_penalty, dpo, hinge, ipo, kept_sums, robust_dpo, sequence_scores, sft, simpo,
     token_l2_penalty,
 };
 use serde::Deserialize;
-
-/// The fixtures carry 15 digits, and a loss is some ten operations in f64.
-const TOLERANCE: f64 = 1e-12;
-
-#[derive(Deserialize)]
-struct Golden<Case> {
-    cases: Vec<Case>,
-}
-
-fn cases<Case: for<'de> Deserialize<'de>>(json: &str) -> Vec<Case> {
-    let golden: Golden<Case> = serde_json::from_str(json).unwrap();
-    assert!(!golden.cases.is_empty());
-    golden.cases
-}
-
-fn leaf(values: &[f64]) -> Tensor<1> {
-    constant(values).require_grad()
-}
-
-fn constant(values: &[f64]) -> Tensor<1> {
-    let device = Device::flex().autodiff();
-    let data = TensorData::new(values.to_vec(), [values.len()]);
-    Tensor::from_data(data, (&device, DType::F64))
-}
-
-fn numbers(tensor: Tensor<1>) -> Vec<f64> {
-    tensor.try_into_vec_as().unwrap()
-}
-
-fn assert_close(what: &str, found: &[f64], expected: &[f64]) {
-    assert_eq!(found.len(), expected.len(), "{what}");
-    for (found, expected) in found.iter().zip(expected) {
-        let error = (found - expected).abs();
-        assert!(
-            error <= TOLERANCE * expected.abs().max(1.0),
-            "{what}: {found} is not {expected}"
-        );
-    }
-}
-
-fn mask(flags: &[u8]) -> TokenMask {
-    TokenMask::from(flags.iter().map(|&flag| flag == 1).collect::<Vec<_>>())
-}
+use support::{assert_close, constant, leaf, numbers};
 
 #[derive(Deserialize)]
 struct DpoCase {
