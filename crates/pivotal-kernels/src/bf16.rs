@@ -113,7 +113,7 @@ pub(crate) fn pack<const W: usize>(source: Source<'_>, words: &mut [f32]) {
 }
 
 /// A mask of the first `count` of 16 lanes.
-fn first_lanes(count: usize) -> u16 {
+pub(crate) fn first_lanes(count: usize) -> u16 {
     if count >= 16 {
         u16::MAX
     } else {

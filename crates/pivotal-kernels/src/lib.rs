@@ -18,6 +18,9 @@ mod attention_backward;
 #[cfg(target_arch = "x86_64")]
 mod bf16;
 mod cached;
+mod frozen;
+#[cfg(target_arch = "x86_64")]
+mod group;
 mod lanes;
 mod logps;
 mod matmul;
@@ -35,6 +38,10 @@ mod testing;
 pub use attention::{AttentionInput, attention_forward};
 pub use attention_backward::{AttentionGradients, AttentionSaved, attention_backward};
 pub use cached::{CachedContext, attend_cached};
+pub use frozen::{
+    FrozenGradients, FrozenLinear, FrozenPanels, LowRankUpdate, frozen_linears_backward,
+    frozen_linears_forward,
+};
 pub use logps::{HeadShape, TokenLogps, token_logps_backward, token_logps_forward};
 pub use matmul::{Precision, ProductShape, Store, bf16_available, matmul_nn, matmul_nt, matmul_tn};
 pub use norm::{RmsNormGradients, rms_norm_backward, rms_norm_forward};

@@ -49,7 +49,7 @@ pub struct ProductShape {
 }
 
 /// Below this many rows `a · bᵀ` costs the `gemm` crate more for repacking `b` than for multiplying.
-const FEW_ROWS: usize = 64;
+pub(crate) const FEW_ROWS: usize = 64;
 /// For `a · b` it repacks cheaply, so only few rows against a weight larger than the caches are better off without.
 const FEW_ROWS_NN: usize = 32;
 const LARGE_WEIGHT: usize = 1 << 22;
@@ -97,7 +97,7 @@ pub fn matmul_nt(
         n,
         shape,
         store,
-        parallelism(m * n * k),
+        parallelism(shape),
     );
 }
 
@@ -133,7 +133,7 @@ pub fn matmul_nn(
         n,
         shape,
         store,
-        parallelism(m * n * k),
+        parallelism(shape),
     );
 }
 
@@ -152,7 +152,7 @@ pub fn matmul_tn(
     store: Store,
     precision: Precision,
 ) {
-    let ProductShape { m, n, k } = shape;
+    let ProductShape { m, n, .. } = shape;
     check(a, b, out, shape);
     if precision == Precision::Bf16 && bf16_product(a, (1, m), b, (n, 1), out, shape, store) {
         return;
@@ -166,7 +166,7 @@ pub fn matmul_tn(
         n,
         shape,
         store,
-        parallelism(m * n * k),
+        parallelism(shape),
     );
 }
 
@@ -177,8 +177,8 @@ fn check(a: &[f32], b: &[f32], out: &[f32], shape: ProductShape) {
     check_len("out", out, shape.m * shape.n);
 }
 
-fn parallelism(work: usize) -> Parallelism {
-    if work < PARALLEL_WORK {
+pub(crate) fn parallelism(ProductShape { m, n, k }: ProductShape) -> Parallelism {
+    if m * n * k < PARALLEL_WORK {
         Parallelism::None
     } else {
         Parallelism::Rayon(0)

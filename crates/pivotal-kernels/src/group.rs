@@ -1,0 +1,479 @@
+//! Several bf16 products at once, each the sum of several: all the linear layers that read one input, each with its
+//! low-rank update, in one parallel region and with one store an output.
+
+use std::arch::x86_64::{
+    __m512bh, __m512i, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_mask_storeu_ps,
+    _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_setzero_ps,
+};
+
+use crate::bf16::{COLUMNS, ROWS, available, first_lanes, packed_words};
+use crate::matmul::Store;
+use crate::parallel::{SharedOut, for_each_block};
+
+/// Rows of one task: its left panels stay in the second-level cache.
+const TASK_ROWS: usize = 128;
+/// Right panels of one task.
+const TASK_PANELS: usize = 8;
+/// Pairs summed in registers before the sums go to memory: a right panel of that depth is 192 KiB.
+const RUN_PAIRS: usize = 1024;
+/// Segments summed in registers at most.
+const RUN_PIECES: usize = 6;
+
+/// `left · right`: a stretch of the pairs of two packed operands.
+#[derive(Clone, Copy)]
+pub(crate) struct Segment<'a> {
+    /// Panels of 8 rows.
+    pub(crate) left: &'a [f32],
+    /// Panels of 48 columns.
+    pub(crate) right: &'a [f32],
+    /// Pairs of the left operand, and the first one that counts.
+    pub(crate) left_pairs: (usize, usize),
+    /// Pairs of the right operand, and the first one that counts.
+    pub(crate) right_pairs: (usize, usize),
+    /// How many count.
+    pub(crate) pairs: usize,
+}
+
+impl<'a> Segment<'a> {
+    /// The whole of two operands whose sums are `k` long.
+    pub(crate) fn whole(left: &'a [f32], right: &'a [f32], k: usize) -> Self {
+        let pairs = k.div_ceil(2);
+        Self {
+            left,
+            right,
+            left_pairs: (pairs, 0),
+            right_pairs: (pairs, 0),
+            pairs,
+        }
+    }
+}
+
+/// `Σ segments`, into columns `out_column..out_column + columns` of the output.
+pub(crate) struct Job<'a> {
+    pub(crate) segments: &'a [Segment<'a>],
+    pub(crate) columns: usize,
+    pub(crate) out_column: usize,
+}
+
+/// A stretch of pairs: where its left and right panel of the tile begin, and how many.
+#[derive(Clone, Copy)]
+struct Piece {
+    left: *const u32,
+    right: *const u32,
+    pairs: usize,
+}
+
+#[derive(Clone, Copy)]
+struct Tile {
+    out: *mut f32,
+    stride: usize,
+    columns: usize,
+    add: bool,
+}
+
+/// Computes `jobs` into an output of `rows` rows, `stride` apart. The jobs' columns must not overlap.
+///
+/// The sum of an output element runs over the segments in their order, whatever the rows, the columns and the threads.
+pub(crate) fn multiply_jobs(
+    jobs: &[Job<'_>],
+    rows: usize,
+    out: &mut [f32],
+    stride: usize,
+    store: Store,
+) {
+    assert!(available(), "bf16 instructions are missing");
+    assert!(out.len() >= rows * stride);
+    let mut panels = Vec::new();
+    let mut work = 0;
+    for (index, job) in jobs.iter().enumerate() {
+        assert!(job.out_column + job.columns <= stride);
+        for segment in job.segments {
+            let (left, right) = (segment.left_pairs, segment.right_pairs);
+            assert!(
+                left.1 + segment.pairs <= left.0 && right.1 + segment.pairs <= right.0,
+                "a segment reaches beyond its operands"
+            );
+            assert!(segment.left.len() >= packed_words::<ROWS>(rows, 2 * left.0));
+            assert!(segment.right.len() >= packed_words::<COLUMNS>(job.columns, 2 * right.0));
+            work += rows * job.columns * segment.pairs;
+        }
+        panels.extend((0..job.columns.div_ceil(COLUMNS)).map(|panel| (index, panel)));
+    }
+    if rows == 0 || panels.is_empty() {
+        return;
+    }
+    let row_tasks = rows.div_ceil(TASK_ROWS);
+    let panel_tasks = panels.len().div_ceil(TASK_PANELS);
+    let target = SharedOut::new(out);
+    for_each_block(row_tasks * panel_tasks, 1, work, |tasks| {
+        for task in tasks {
+            let first_row = task / panel_tasks * TASK_ROWS;
+            let task_rows = first_row..(first_row + TASK_ROWS).min(rows);
+            let first = task % panel_tasks * TASK_PANELS;
+            for &(job, panel) in &panels[first..(first + TASK_PANELS).min(panels.len())] {
+                let job = &jobs[job];
+                let column = panel * COLUMNS;
+                // SAFETY: the features and the operands' lengths were asserted above; the tiles lie inside `out`, and
+                // this task alone has their rows and columns.
+                unsafe {
+                    let tile = Tile {
+                        out: target.at(job.out_column + column),
+                        stride,
+                        columns: COLUMNS.min(job.columns - column),
+                        add: store == Store::Add,
+                    };
+                    multiply_panel(job.segments, column, task_rows.clone(), tile);
+                }
+            }
+        }
+    });
+}
+
+/// All rows of a task against one right panel of every segment; `tile` is at row 0.
+///
+/// # Safety
+/// As for [`multiply_tile`], for every tile of the rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn multiply_panel(
+    segments: &[Segment<'_>],
+    column: usize,
+    rows: std::ops::Range<usize>,
+    mut tile: Tile,
+) {
+    let mut run = [(0, 0, 0); RUN_PIECES];
+    let (mut pieces, mut depth, mut at) = (0, 0, (0, 0));
+    loop {
+        // Cut the segments into runs that one tile sums in registers.
+        let (segment, first) = at;
+        let exhausted = segment == segments.len();
+        if exhausted || depth == RUN_PAIRS || pieces == RUN_PIECES {
+            if depth > 0 || !tile.add {
+                // SAFETY: passed on to the caller.
+                unsafe { multiply_run(segments, &run[..pieces], column, rows.clone(), tile) };
+                tile.add = true;
+            }
+            (pieces, depth) = (0, 0);
+            if exhausted {
+                return;
+            }
+        }
+        let take = (segments[segment].pairs - first).min(RUN_PAIRS - depth);
+        if take > 0 {
+            run[pieces] = (segment, first, take);
+            pieces += 1;
+            depth += take;
+        }
+        at = if first + take == segments[segment].pairs {
+            (segment + 1, 0)
+        } else {
+            (segment, first + take)
+        };
+    }
+}
+
+/// # Safety
+/// As for [`multiply_panel`].
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn multiply_run(
+    segments: &[Segment<'_>],
+    run: &[(usize, usize, usize)],
+    column: usize,
+    rows: std::ops::Range<usize>,
+    tile: Tile,
+) {
+    let mut pieces = [Piece {
+        left: std::ptr::null(),
+        right: std::ptr::null(),
+        pairs: 0,
+    }; RUN_PIECES];
+    for row in rows.clone().step_by(ROWS) {
+        for (piece, &(segment, first, pairs)) in pieces.iter_mut().zip(run) {
+            let Segment {
+                left,
+                right,
+                left_pairs,
+                right_pairs,
+                ..
+            } = segments[segment];
+            // SAFETY: `multiply_jobs` asserted that the panels of `row` and `column` lie inside the operands, with
+            // `first + pairs` pairs behind the segment's beginning.
+            *piece = unsafe {
+                Piece {
+                    left: left
+                        .as_ptr()
+                        .cast::<u32>()
+                        .add(row * left_pairs.0 + (left_pairs.1 + first) * ROWS),
+                    right: right
+                        .as_ptr()
+                        .cast::<u32>()
+                        .add(column * right_pairs.0 + (right_pairs.1 + first) * COLUMNS),
+                    pairs,
+                }
+            };
+        }
+        // SAFETY: the tile's rows are the caller's.
+        unsafe {
+            let tile = Tile {
+                out: tile.out.add(row * tile.stride),
+                ..tile
+            };
+            let pieces = &pieces[..run.len()];
+            match rows.end - row {
+                1 => multiply_tile::<1>(pieces, tile),
+                2 => multiply_tile::<2>(pieces, tile),
+                3 => multiply_tile::<3>(pieces, tile),
+                4 => multiply_tile::<4>(pieces, tile),
+                5 => multiply_tile::<5>(pieces, tile),
+                6 => multiply_tile::<6>(pieces, tile),
+                7 => multiply_tile::<7>(pieces, tile),
+                _ => multiply_tile::<8>(pieces, tile),
+            }
+        }
+    }
+}
+
+/// `R` rows times 48 columns over all pieces.
+///
+/// # Safety
+/// Each piece has `pairs` times 8 words on the left and `pairs` times 48 on the right; the tile's `R` rows of `columns` floats
+/// are the caller's.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn multiply_tile<const R: usize>(pieces: &[Piece], tile: Tile) {
+    let mut sums = [[_mm512_setzero_ps(); 3]; R];
+    for piece in pieces {
+        for pair in 0..piece.pairs {
+            // SAFETY: pair < pairs, so the three vectors and `R` words lie inside the panels.
+            unsafe {
+                let right = piece.right.add(pair * COLUMNS);
+                let columns: [__m512bh; 3] = [
+                    std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(right.cast())),
+                    std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(
+                        right.add(16).cast(),
+                    )),
+                    std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(
+                        right.add(32).cast(),
+                    )),
+                ];
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let word = *piece.left.add(pair * ROWS + row);
+                    let word = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(
+                        word.cast_signed(),
+                    ));
+                    for (sum, column) in sums.iter_mut().zip(columns) {
+                        *sum = _mm512_dpbf16_ps(*sum, word, column);
+                    }
+                }
+            }
+        }
+    }
+    for (row, sums) in sums.iter().enumerate() {
+        for (vector, &sum) in sums.iter().enumerate() {
+            let mask = first_lanes(tile.columns.saturating_sub(16 * vector));
+            // SAFETY: the mask stops at the tile's last column; what is masked off may be out of bounds, hence the
+            // wrapping addition.
+            unsafe {
+                let at = tile.out.wrapping_add(row * tile.stride + 16 * vector);
+                let before = if tile.add { mask } else { 0 };
+                let sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(before, at));
+                _mm512_mask_storeu_ps(at, mask, sum);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bf16::{Source, pack};
+    use crate::matmul::ProductShape;
+    use crate::testing::{assert_close, naive_product, on_threads, random};
+
+    fn packed<const W: usize>(values: &[f32], lines: usize, k: usize) -> Vec<f32> {
+        let mut words = vec![0.0; packed_words::<W>(lines, k)];
+        let source = Source {
+            values,
+            line_stride: k,
+            k_stride: 1,
+            lines,
+            k,
+        };
+        pack::<W>(source, &mut words);
+        words
+    }
+
+    fn rounded(values: &[f32]) -> Vec<f32> {
+        let round = |x: &f32| {
+            f32::from_bits((x.to_bits() + 0x7fff + ((x.to_bits() >> 16) & 1)) & 0xffff_0000)
+        };
+        values.iter().map(round).collect()
+    }
+
+    /// Two jobs over `rows`: the first sums products of lengths `ks`, the second is one of length `ks[0]`.
+    fn run(rows: usize, columns: [usize; 2], ks: &[usize], store: Store) {
+        if !available() {
+            return;
+        }
+        let lefts: Vec<_> = ks
+            .iter()
+            .map(|k| rounded(&random(rows * k, 1 + *k as u64)))
+            .collect();
+        let rights: Vec<_> = ks
+            .iter()
+            .map(|k| rounded(&random(columns[0] * k, 50 + *k as u64)))
+            .collect();
+        let second = rounded(&random(columns[1] * ks[0], 99));
+        let left_words: Vec<_> = lefts
+            .iter()
+            .zip(ks)
+            .map(|(x, k)| packed::<ROWS>(x, rows, *k))
+            .collect();
+        let right_words: Vec<_> = rights
+            .iter()
+            .zip(ks)
+            .map(|(x, k)| packed::<COLUMNS>(x, columns[0], *k))
+            .collect();
+        let second_words = packed::<COLUMNS>(&second, columns[1], ks[0]);
+        let segments: Vec<_> = ks
+            .iter()
+            .enumerate()
+            .map(|(i, k)| Segment::whole(&left_words[i], &right_words[i], *k))
+            .collect();
+        let other = [Segment::whole(&left_words[0], &second_words, ks[0])];
+        let jobs = [
+            Job {
+                segments: &segments,
+                columns: columns[0],
+                out_column: 2,
+            },
+            Job {
+                segments: &other,
+                columns: columns[1],
+                out_column: 2 + columns[0],
+            },
+        ];
+        let stride = columns[0] + columns[1] + 5;
+        let start = random(rows * stride, 7);
+        let compute = || {
+            let mut out = start.clone();
+            multiply_jobs(&jobs, rows, &mut out, stride, store);
+            out
+        };
+        let out = on_threads(1, compute);
+        assert_eq!(out, on_threads(2, compute), "threads");
+
+        let before = |first: usize, count: usize| -> Vec<f32> {
+            start
+                .chunks(stride)
+                .flat_map(|row| row[first..first + count].to_vec())
+                .collect()
+        };
+        let part = |first: usize, count: usize| -> Vec<f32> {
+            out.chunks(stride)
+                .flat_map(|row| row[first..first + count].to_vec())
+                .collect()
+        };
+        let mut expected = vec![0.0; rows * columns[0]];
+        for ((left, right), &k) in lefts.iter().zip(&rights).zip(ks) {
+            let shape = ProductShape {
+                m: rows,
+                n: columns[0],
+                k,
+            };
+            let one = naive_product(left, (k, 1), right, (1, k), &[], shape, Store::Replace);
+            expected.iter_mut().zip(one).for_each(|(sum, x)| *sum += x);
+        }
+        if store == Store::Add {
+            expected
+                .iter_mut()
+                .zip(before(2, columns[0]))
+                .for_each(|(sum, x)| *sum += f64::from(x));
+        }
+        // The operands are exact in bf16, so only the f32 sums round.
+        assert_close("summed job", &part(2, columns[0]), &expected, 5e-5);
+        let shape = ProductShape {
+            m: rows,
+            n: columns[1],
+            k: ks[0],
+        };
+        let start_second = before(2 + columns[0], columns[1]);
+        let expected = naive_product(
+            &lefts[0],
+            (ks[0], 1),
+            &second,
+            (1, ks[0]),
+            &start_second,
+            shape,
+            store,
+        );
+        assert_close(
+            "second job",
+            &part(2 + columns[0], columns[1]),
+            &expected,
+            5e-5,
+        );
+        assert_eq!(part(0, 2), before(0, 2), "columns before the jobs stay");
+        let last = 2 + columns[0] + columns[1];
+        assert_eq!(
+            part(last, 3),
+            before(last, 3),
+            "columns after the jobs stay"
+        );
+    }
+
+    #[test]
+    fn jobs_are_the_sums_of_their_segments() {
+        for rows in [1, 7, 63, 64, 65, 130] {
+            for columns in [[1, 48], [47, 16], [49, 97]] {
+                run(rows, columns, &[33, 16, 1], Store::Replace);
+                run(rows, columns, &[64], Store::Add);
+            }
+        }
+        run(9, [50, 3], &[2100, 31, 2047, 4], Store::Replace);
+        run(3, [400, 50], &[8, 8, 8, 8, 8, 8, 8, 8], Store::Add);
+    }
+
+    #[test]
+    fn a_stretch_of_pairs_is_the_product_of_those_columns() {
+        if !available() {
+            return;
+        }
+        let (rows, columns, k) = (10, 60, 40);
+        let (left, right) = (
+            rounded(&random(rows * k, 1)),
+            rounded(&random(columns * k, 2)),
+        );
+        let (left_words, right_words) = (
+            packed::<ROWS>(&left, rows, k),
+            packed::<COLUMNS>(&right, columns, k),
+        );
+        let segment = Segment {
+            left: &left_words,
+            right: &right_words,
+            left_pairs: (20, 5),
+            right_pairs: (20, 7),
+            pairs: 6,
+        };
+        let mut out = vec![f32::NAN; rows * columns];
+        let job = Job {
+            segments: &[segment],
+            columns,
+            out_column: 0,
+        };
+        multiply_jobs(&[job], rows, &mut out, columns, Store::Replace);
+        let shape = ProductShape {
+            m: rows,
+            n: columns,
+            k: 12,
+        };
+        let expected = naive_product(
+            &left[10..],
+            (k, 1),
+            &right[14..],
+            (1, k),
+            &[],
+            shape,
+            Store::Replace,
+        );
+        assert_close("stretch", &out, &expected, 5e-5);
+    }
+}
