@@ -19,6 +19,7 @@ mod attention_backward;
 mod bf16;
 mod cached;
 mod frozen;
+mod frozen_head;
 #[cfg(target_arch = "x86_64")]
 mod group;
 mod lanes;
@@ -42,6 +43,7 @@ pub use frozen::{
     FrozenGradients, FrozenLinear, FrozenPanels, LowRankUpdate, frozen_linears_backward,
     frozen_linears_forward,
 };
+pub use frozen_head::frozen_token_logps;
 pub use logps::{HeadShape, TokenLogps, token_logps_backward, token_logps_forward};
 pub use matmul::{Precision, ProductShape, Store, bf16_available, matmul_nn, matmul_nt, matmul_tn};
 pub use norm::{RmsNormGradients, rms_norm_backward, rms_norm_forward};

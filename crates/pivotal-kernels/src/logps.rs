@@ -188,7 +188,7 @@ pub fn token_logps_backward(
 }
 
 #[track_caller]
-fn check(hidden: &[f32], head: &[f32], targets: &[u32], shape: HeadShape) {
+pub(crate) fn check(hidden: &[f32], head: &[f32], targets: &[u32], shape: HeadShape) {
     check_len("hidden", hidden, targets.len() * shape.hidden);
     check_len("head", head, shape.vocab * shape.hidden);
     for (row, &target) in targets.iter().enumerate() {

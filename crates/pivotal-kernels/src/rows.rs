@@ -36,6 +36,23 @@ pub(crate) fn exp_sum(row: &[f32], shift: f32) -> f32 {
         .fold(crate::lanes::sum(&sums), |sum, &x| sum + exp(x - shift))
 }
 
+/// [`exp_sum`], bit for bit, that leaves `e^(x - shift)` in the place of each `x`.
+#[inline]
+pub(crate) fn exp_sum_in_place(row: &mut [f32], shift: f32) -> f32 {
+    let mut sums = [0.0f32; 16];
+    let (blocks, rest) = row.as_chunks_mut::<16>();
+    for block in blocks {
+        for (sum, x) in sums.iter_mut().zip(block) {
+            *x = exp(*x - shift);
+            *sum += *x;
+        }
+    }
+    rest.iter_mut().fold(crate::lanes::sum(&sums), |sum, x| {
+        *x = exp(*x - shift);
+        sum + *x
+    })
+}
+
 /// The index of the largest element, the first of equals; `None` for an empty row or one of NaN only. NaN is never largest.
 ///
 /// # Examples

@@ -8,7 +8,7 @@ use crate::parallel::{AlignedFloats, with_scratch};
 
 impl FrozenPanels {
     /// The weight's rows as columns of the right operand: `x Wᵀ`.
-    fn forward(&self, layer: &FrozenLinear<'_>, inputs: usize) -> &[f32] {
+    pub(crate) fn forward(&self, layer: &FrozenLinear<'_>, inputs: usize) -> &[f32] {
         let panels = self.forward.get_or_init(|| {
             packed::<COLUMNS>(Source {
                 values: layer.weight,
@@ -22,7 +22,7 @@ impl FrozenPanels {
     }
 
     /// The weight itself as the right operand: `dy W`.
-    fn backward(&self, layer: &FrozenLinear<'_>, inputs: usize) -> &[f32] {
+    pub(crate) fn backward(&self, layer: &FrozenLinear<'_>, inputs: usize) -> &[f32] {
         let panels = self.backward.get_or_init(|| {
             packed::<COLUMNS>(Source {
                 values: layer.weight,
