@@ -18,6 +18,7 @@ mod attention_backward;
 #[cfg(target_arch = "x86_64")]
 mod bf16;
 mod cached;
+mod columns;
 mod frozen;
 mod frozen_head;
 #[cfg(target_arch = "x86_64")]
@@ -39,6 +40,7 @@ mod testing;
 pub use attention::{AttentionInput, attention_forward};
 pub use attention_backward::{AttentionGradients, AttentionSaved, attention_backward};
 pub use cached::{CachedContext, attend_cached};
+pub use columns::{join_columns, split_columns};
 pub use frozen::{
     FrozenGradients, FrozenLinear, FrozenPanels, LowRankUpdate, frozen_linears_backward,
     frozen_linears_forward,
@@ -51,4 +53,4 @@ pub use packed::PackedWeight;
 pub use plan::{AttentionPlan, AttentionShape, Span};
 pub use rope::RopeTable;
 pub use rows::{argmax, log_sum_exp};
-pub use swiglu::{swiglu_backward, swiglu_forward};
+pub use swiglu::{swiglu_backward, swiglu_forward, swiglu_joined_backward, swiglu_joined_forward};

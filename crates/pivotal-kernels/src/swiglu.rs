@@ -1,7 +1,7 @@
 //! The gated activation `silu(gate)·up` (Shazeer 2020, arXiv:2002.05202) and its gradient.
 
 use crate::lanes::sigmoid;
-use crate::parallel::{SharedOut, check_len, for_each_block};
+use crate::parallel::{SharedOut, check_len, for_each_block, rows_per_block};
 
 const BLOCK: usize = 8192;
 /// An element costs about this many multiply-adds: an exponential and a division.
@@ -55,6 +55,57 @@ pub fn swiglu_backward(gate: &[f32], up: &[f32], dout: &[f32], dgate: &mut [f32]
             let silu = gate[index] * open;
             dgate[index] = dout[index] * up[index] * (open + silu * (1.0 - open));
             dup[index] = dout[index] * silu;
+        }
+    });
+}
+
+/// [`swiglu_forward`] where a row holds the gates, then the ups.
+///
+/// # Shapes
+/// `joined` is `[rows, 2 * width]`, `out` is `[rows, width]`.
+///
+/// # Panics
+/// If a slice has another length.
+pub fn swiglu_joined_forward(joined: &[f32], width: usize, out: &mut [f32]) {
+    check_len("joined", joined, 2 * out.len());
+    let rows = out.len() / width.max(1);
+    check_len("out", out, rows * width);
+    let target = SharedOut::new(out);
+    for_each_block(rows, rows_per_block(width), COST * joined.len(), |block| {
+        for row in block {
+            let (gate, up) = joined[2 * row * width..][..2 * width].split_at(width);
+            // SAFETY: row `row` of `out` is this block's own.
+            let out = unsafe { target.slice(row * width, width) };
+            for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
+                *out = gate * sigmoid(gate) * up;
+            }
+        }
+    });
+}
+
+/// The gradient of [`swiglu_joined_forward`], `[rows, 2 * width]`, overwritten.
+///
+/// # Panics
+/// If a slice has another length.
+pub fn swiglu_joined_backward(joined: &[f32], width: usize, dout: &[f32], djoined: &mut [f32]) {
+    check_len("joined", joined, 2 * dout.len());
+    check_len("djoined", djoined, 2 * dout.len());
+    let rows = dout.len() / width.max(1);
+    check_len("dout", dout, rows * width);
+    let target = SharedOut::new(djoined);
+    for_each_block(rows, rows_per_block(width), COST * joined.len(), |block| {
+        for row in block {
+            let (gate, up) = joined[2 * row * width..][..2 * width].split_at(width);
+            let dout = &dout[row * width..][..width];
+            // SAFETY: row `row` of the gradient is this block's own.
+            let slopes = unsafe { target.slice(2 * row * width, 2 * width) };
+            let (dgate, dup) = slopes.split_at_mut(width);
+            for index in 0..width {
+                let open = sigmoid(gate[index]);
+                let silu = gate[index] * open;
+                dgate[index] = dout[index] * up[index] * (open + silu * (1.0 - open));
+                dup[index] = dout[index] * silu;
+            }
         }
     });
 }
@@ -119,5 +170,31 @@ mod tests {
             (out, dgate, dup)
         };
         assert_eq!(on_threads(1, run), on_threads(2, run));
+    }
+
+    #[test]
+    fn joined_rows_are_the_two_apart() {
+        for (rows, width) in [(0, 3), (1, 1), (5, 63), (64, 65)] {
+            let joined: Vec<f32> = random(2 * rows * width, 1)
+                .iter()
+                .map(|x| x * 8.0)
+                .collect();
+            let dout = random(rows * width, 2);
+            let half = |all: &[f32], which: usize| -> Vec<f32> {
+                let rows = all.chunks(2 * width);
+                rows.flat_map(|row| row[which * width..][..width].to_vec())
+                    .collect()
+            };
+            let (gate, up) = (half(&joined, 0), half(&joined, 1));
+            let (mut out, mut expected) = (vec![f32::NAN; rows * width], vec![0.0; rows * width]);
+            swiglu_joined_forward(&joined, width, &mut out);
+            swiglu_forward(&gate, &up, &mut expected);
+            assert_eq!(out, expected);
+            let mut slopes = vec![f32::NAN; joined.len()];
+            swiglu_joined_backward(&joined, width, &dout, &mut slopes);
+            let (mut dgate, mut dup) = (out.clone(), out.clone());
+            swiglu_backward(&gate, &up, &dout, &mut dgate, &mut dup);
+            assert_eq!((half(&slopes, 0), half(&slopes, 1)), (dgate, dup));
+        }
     }
 }

@@ -6,11 +6,12 @@
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use pivotal_core::{Gather, Pack};
-use pivotal_ops::{AttentionLayout, AttentionSpan, Precision};
+use pivotal_ops::{AttentionLayout, AttentionSpan, FrozenInput, Precision};
 
 use crate::checkpoint::Checkpoint;
 use crate::config::DecoderConfig;
 use crate::error::Result;
+use crate::frozen::FrozenCache;
 use crate::parameter::{Parameter, Parameters, Visitor, WeightSource, off_tape, on_tape};
 use crate::projection::Projection;
 
@@ -27,6 +28,7 @@ pub struct Decoder {
     pub(crate) layers: Vec<Layer>,
     pub(crate) norm: Tensor<1>,
     lm_head: Option<Tensor<2>>,
+    frozen_head: FrozenCache,
 }
 
 #[derive(Clone, Debug)]
@@ -40,6 +42,8 @@ pub(crate) struct Layer {
     pub(crate) gate_proj: Projection,
     pub(crate) up_proj: Projection,
     pub(crate) down_proj: Projection,
+    /// Packs of the four groups of projections that share an input.
+    frozen: [FrozenCache; 4],
 }
 
 impl Decoder {
@@ -68,6 +72,7 @@ impl Decoder {
             layers,
             norm: source.tensor("model.norm.weight", [hidden])?,
             lm_head,
+            frozen_head: FrozenCache::default(),
             config,
             device: device.clone(),
             precision,
@@ -119,7 +124,13 @@ impl Decoder {
         let targets: Vec<i32> = gathers.iter().map(|gather| gather.target as i32).collect();
         let targets = TensorData::new(targets, [gathers.len()]);
         let targets = Tensor::<1, Int>::from_data(targets, &self.device);
-        pivotal_ops::token_logps(rows, self.head().clone(), targets, self.precision)
+        match self
+            .frozen_head
+            .get(FrozenInput::Plain, &[(self.head(), None)])
+        {
+            Some(head) => head.token_logps(rows, targets, self.precision),
+            None => pivotal_ops::token_logps(rows, self.head().clone(), targets, self.precision),
+        }
     }
 
     /// The logits of chosen tokens: for vocabularies and selections small enough to look at whole.
@@ -286,6 +297,7 @@ impl Layer {
             gate_proj: gate?,
             up_proj: up?,
             down_proj: down?,
+            frozen: Default::default(),
         })
     }
 
@@ -296,19 +308,60 @@ impl Layer {
         eps: f32,
         precision: Precision,
     ) -> Tensor<2> {
-        let normed = pivotal_ops::rms_norm(x.clone(), self.input_layernorm.clone(), eps);
-        let q = self.q_proj.forward(normed.clone(), precision);
-        let k = self.k_proj.forward(normed.clone(), precision);
-        let v = self.v_proj.forward(normed, precision);
-        let attended = pivotal_ops::rope_attention(q, k, v, layout);
-        let x = x + self.o_proj.forward(attended, precision);
+        let attended = self.attend(&x, layout, eps, precision);
+        let x = x + self.project_output(attended, precision);
+        let gated = self.gate(&x, eps, precision);
+        x + gated
+    }
 
+    /// Norm, query, key and value, and attention.
+    fn attend(
+        &self,
+        x: &Tensor<2>,
+        layout: &AttentionLayout,
+        eps: f32,
+        precision: Precision,
+    ) -> Tensor<2> {
+        let norm = FrozenInput::Normed {
+            weight: &self.input_layernorm,
+            eps,
+        };
+        let group = [&self.q_proj, &self.k_proj, &self.v_proj];
+        if let Some(qkv) = self.frozen[0].project(x, norm, &group, precision) {
+            return pivotal_ops::rope_attention_joined(qkv, layout);
+        }
+        let normed = pivotal_ops::rms_norm(x.clone(), self.input_layernorm.clone(), eps);
+        let [q, k, v] = group.map(|projection| projection.forward(normed.clone(), precision));
+        pivotal_ops::rope_attention(q, k, v, layout)
+    }
+
+    /// Norm and gated perceptron.
+    fn gate(&self, x: &Tensor<2>, eps: f32, precision: Precision) -> Tensor<2> {
+        let norm = FrozenInput::Normed {
+            weight: &self.post_attention_layernorm,
+            eps,
+        };
+        let group = [&self.gate_proj, &self.up_proj];
+        let down = [&self.down_proj];
+        if let Some(joined) = self.frozen[2].project(x, norm, &group, precision) {
+            if let Some(y) = self.frozen[3].project(&joined, FrozenInput::Gated, &down, precision) {
+                return y;
+            }
+            let width = joined.dims()[1] / 2;
+            let half = |first| joined.clone().narrow(1, first, width);
+            let gated = pivotal_ops::swiglu(half(0), half(width));
+            return self.down_proj.forward(gated, precision);
+        }
         let normed = pivotal_ops::rms_norm(x.clone(), self.post_attention_layernorm.clone(), eps);
-        let gate = self.gate_proj.forward(normed.clone(), precision);
-        let up = self.up_proj.forward(normed, precision);
-        x + self
-            .down_proj
+        let [gate, up] = group.map(|projection| projection.forward(normed.clone(), precision));
+        self.down_proj
             .forward(pivotal_ops::swiglu(gate, up), precision)
+    }
+
+    fn project_output(&self, attended: Tensor<2>, precision: Precision) -> Tensor<2> {
+        self.frozen[1]
+            .project(&attended, FrozenInput::Plain, &[&self.o_proj], precision)
+            .unwrap_or_else(|| self.o_proj.forward(attended, precision))
     }
 
     fn projections(&mut self) -> [(&'static str, &mut Projection); 7] {

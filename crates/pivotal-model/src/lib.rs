@@ -13,6 +13,7 @@ mod config;
 mod decode;
 mod decoder;
 mod error;
+mod frozen;
 mod generate;
 mod lora;
 mod parameter;

@@ -9,6 +9,7 @@ use pivotal_kernels::Precision;
 
 use crate::attention_layout::LayoutPlan;
 use crate::flex;
+use crate::frozen::FrozenJob;
 
 /// Only Flex is listed: every other backend takes the bodies of [`crate::portable`] before it comes here.
 #[backend_extension(Autodiff, Flex)]
@@ -48,6 +49,26 @@ pub(crate) trait FusedOps: Backend {
         head: FloatTensor<Self>,
         targets: IntTensor<Self>,
         precision: Precision,
+    ) -> FloatTensor<Self>;
+
+    fn fused_frozen_linears(x: FloatTensor<Self>, job: Arc<FrozenJob>) -> FloatTensor<Self>;
+
+    fn fused_frozen_lora_linears(
+        x: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        job: Arc<FrozenJob>,
+    ) -> FloatTensor<Self>;
+
+    fn fused_frozen_token_logps(
+        hidden: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        job: Arc<FrozenJob>,
+    ) -> FloatTensor<Self>;
+
+    fn fused_rope_attention_joined(
+        qkv: FloatTensor<Self>,
+        plan: Arc<LayoutPlan>,
     ) -> FloatTensor<Self>;
 }
 
@@ -102,6 +123,35 @@ impl FusedOps for Flex {
         let (hidden, head) = (flex::contiguous(hidden), flex::contiguous(head));
         flex::token_logps::forward(&hidden, &head, &flex::token_ids(&targets), precision).0
     }
+
+    fn fused_frozen_linears(x: FloatTensor<Self>, job: Arc<FrozenJob>) -> FloatTensor<Self> {
+        flex::frozen_linears::forward(&flex::contiguous(x), None, &job)
+    }
+
+    fn fused_frozen_lora_linears(
+        x: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        job: Arc<FrozenJob>,
+    ) -> FloatTensor<Self> {
+        let update = (flex::contiguous(a), flex::contiguous(b));
+        flex::frozen_linears::forward(&flex::contiguous(x), Some(&update), &job)
+    }
+
+    fn fused_frozen_token_logps(
+        hidden: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        job: Arc<FrozenJob>,
+    ) -> FloatTensor<Self> {
+        flex::frozen_logps::forward(&flex::contiguous(hidden), &targets, &job)
+    }
+
+    fn fused_rope_attention_joined(
+        qkv: FloatTensor<Self>,
+        plan: Arc<LayoutPlan>,
+    ) -> FloatTensor<Self> {
+        flex::rope_attention::forward_joined(qkv, plan).0
+    }
 }
 
 impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
@@ -152,5 +202,33 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         precision: Precision,
     ) -> FloatTensor<Self> {
         flex::token_logps::tracked::<C>(hidden, head, &targets, precision)
+    }
+
+    fn fused_frozen_linears(x: FloatTensor<Self>, job: Arc<FrozenJob>) -> FloatTensor<Self> {
+        flex::frozen_linears::tracked::<C>(x, job)
+    }
+
+    fn fused_frozen_lora_linears(
+        x: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        job: Arc<FrozenJob>,
+    ) -> FloatTensor<Self> {
+        flex::frozen_linears::tracked_lora::<C>([x, a, b], job)
+    }
+
+    fn fused_frozen_token_logps(
+        hidden: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        job: Arc<FrozenJob>,
+    ) -> FloatTensor<Self> {
+        flex::frozen_logps::tracked::<C>(hidden, &targets, job)
+    }
+
+    fn fused_rope_attention_joined(
+        qkv: FloatTensor<Self>,
+        plan: Arc<LayoutPlan>,
+    ) -> FloatTensor<Self> {
+        flex::rope_attention::tracked_joined::<C>(qkv, plan)
     }
 }

@@ -121,6 +121,29 @@ pub fn rope_attention(
     ))
 }
 
+/// [`rope_attention`] where a row holds the query, the key and the value, in this order.
+///
+/// # Shapes
+/// `qkv` `[tokens, (heads + 2 * kv_heads) * head_dim]`; returns `[tokens, heads * head_dim]`.
+///
+/// # Panics
+/// If the shape is not that of the layout.
+pub fn rope_attention_joined(qkv: Tensor<2>, layout: &AttentionLayout) -> Tensor<2> {
+    let width = layout.heads() * layout.head_dim();
+    let key_width = layout.kv_heads() * layout.head_dim();
+    expect_dim("qkv", 0, qkv.dims()[0], layout.tokens());
+    expect_dim("qkv", 1, qkv.dims()[1], width + 2 * key_width);
+    if !fuses(&qkv) {
+        let part = |first, width| qkv.clone().narrow(1, first, width);
+        let (q, k) = (part(0, width), part(width, key_width));
+        return portable::rope_attention(q, k, part(width + key_width, key_width), layout);
+    }
+    Tensor::from_dispatch(Dispatch::fused_rope_attention_joined(
+        qkv.into_dispatch(),
+        layout.plan().clone(),
+    ))
+}
+
 /// `silu(gate) · up`, element by element (Shazeer 2020, arXiv:2002.05202).
 ///
 /// # Shapes

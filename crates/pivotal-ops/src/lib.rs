@@ -11,14 +11,19 @@
 //!
 //! On Burn's processor backend (Flex, `f32`) each runs the kernels of `pivotal-kernels` and has a gradient written by
 //! hand. Everywhere else the same function is composed of Burn's own operations ([`portable`]) and Burn derives the
-//! gradient. A parent that does not require a gradient gets none computed and keeps nothing alive for the others' sake.
+//! gradient. [`FrozenLinears`] goes further where weights are not trained: it packs them once, and takes the norm before
+//! them, the layers side by side and their low-rank updates together. A parent that does not require a gradient gets none computed and keeps nothing alive for the others' sake.
 
 mod attention_layout;
 mod extension;
 mod flex;
+mod frozen;
 mod fused;
 pub mod portable;
 
 pub use attention_layout::{AttentionLayout, LayoutError};
-pub use fused::{linear, lora_linear, rms_norm, rope_attention, swiglu, token_logps};
+pub use frozen::{FrozenInput, FrozenLayer, FrozenLinears, LowRank};
+pub use fused::{
+    linear, lora_linear, rms_norm, rope_attention, rope_attention_joined, swiglu, token_logps,
+};
 pub use pivotal_kernels::{Precision, Span as AttentionSpan};

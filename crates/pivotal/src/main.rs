@@ -5,6 +5,8 @@
 // Printing is what this crate is for.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+#[expect(unsafe_code, reason = "a global allocator cannot be written without")]
+mod allocator;
 mod bench;
 mod failure;
 mod generate;
@@ -21,7 +23,7 @@ use clap::{Parser, Subcommand};
 use crate::failure::Failure;
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: allocator::Caching = allocator::Caching;
 
 /// Aligns language models with segment-level credit.
 ///

@@ -5,6 +5,7 @@ use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::Checkpoi
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
+use pivotal_kernels::account::{Part, time};
 use pivotal_kernels::{Precision, ProductShape, Store, matmul_nn, matmul_nt, matmul_tn};
 
 use super::{TrackedTensor, contiguous, dims, floats, from_values};
@@ -25,14 +26,16 @@ pub(crate) fn forward(x: &FlexTensor, weight: &FlexTensor, precision: Precision)
     let ([m, k], [n, _]) = (dims(x), dims(weight));
     let mut y = vec![0.0; m * n];
     let shape = ProductShape { m, n, k };
-    matmul_nt(
-        floats(x),
-        floats(weight),
-        &mut y,
-        shape,
-        Store::Replace,
-        precision,
-    );
+    time(Part::Linear, || {
+        matmul_nt(
+            floats(x),
+            floats(weight),
+            &mut y,
+            shape,
+            Store::Replace,
+            precision,
+        );
+    });
     from_values(y, [m, n])
 }
 
@@ -87,14 +90,16 @@ pub(super) fn input_gradient(
     let ([m, k], [_, n]) = (dims(dy), dims(weight));
     let mut dx = vec![0.0; m * n];
     let shape = ProductShape { m, n, k };
-    matmul_nn(
-        floats(dy),
-        floats(weight),
-        &mut dx,
-        shape,
-        Store::Replace,
-        precision,
-    );
+    time(Part::Linear, || {
+        matmul_nn(
+            floats(dy),
+            floats(weight),
+            &mut dx,
+            shape,
+            Store::Replace,
+            precision,
+        );
+    });
     from_values(dx, [m, n])
 }
 
@@ -103,13 +108,15 @@ pub(super) fn weight_gradient(dy: &FlexTensor, x: &FlexTensor, precision: Precis
     let ([k, m], [_, n]) = (dims(dy), dims(x));
     let mut dw = vec![0.0; m * n];
     let shape = ProductShape { m, n, k };
-    matmul_tn(
-        floats(dy),
-        floats(x),
-        &mut dw,
-        shape,
-        Store::Replace,
-        precision,
-    );
+    time(Part::Linear, || {
+        matmul_tn(
+            floats(dy),
+            floats(x),
+            &mut dw,
+            shape,
+            Store::Replace,
+            precision,
+        );
+    });
     from_values(dw, [m, n])
 }

@@ -10,6 +10,7 @@ use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::Checkpoi
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
+use pivotal_kernels::account::{Part, time};
 use pivotal_kernels::{Precision, ProductShape, Store, matmul_nn, matmul_nt};
 
 use super::linear::{self, input_gradient, weight_gradient};
@@ -41,7 +42,9 @@ pub(crate) fn forward(
     let ([m, k], [n, _]) = (dims(&h), dims(b));
     let y = map_in_place(y, |y| {
         let shape = ProductShape { m, n, k };
-        matmul_nt(floats(&h), floats(b), y, shape, Store::Add, precision);
+        time(Part::Lora, || {
+            matmul_nt(floats(&h), floats(b), y, shape, Store::Add, precision)
+        });
     });
     (y, h)
 }
@@ -99,7 +102,9 @@ impl Backward<Flex, 4> for LoraLinearBackward {
             let ([m, k], [_, n]) = (dims(dh), dims(&a));
             let dx = map_in_place(input_gradient(&dy, &weight, precision), |dx| {
                 let shape = ProductShape { m, n, k };
-                matmul_nn(floats(dh), floats(&a), dx, shape, Store::Add, precision);
+                time(Part::Lora, || {
+                    matmul_nn(floats(dh), floats(&a), dx, shape, Store::Add, precision);
+                });
             });
             grads.register::<Flex>(node.id, dx);
         }

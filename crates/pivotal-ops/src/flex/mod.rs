@@ -2,6 +2,8 @@
 //!
 //! A backward step keeps only what a tracked parent will need, so a frozen parent costs neither time nor memory.
 
+pub(crate) mod frozen_linears;
+pub(crate) mod frozen_logps;
 pub(crate) mod linear;
 pub(crate) mod lora_linear;
 pub(crate) mod rms_norm;

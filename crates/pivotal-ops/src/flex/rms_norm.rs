@@ -7,6 +7,7 @@ use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::Checkpoi
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
+use pivotal_kernels::account::{Part, time};
 use pivotal_kernels::{RmsNormGradients, rms_norm_backward, rms_norm_forward};
 
 use super::{TrackedTensor, contiguous, dims, floats, from_values};
@@ -27,7 +28,9 @@ pub(crate) fn forward(x: &FlexTensor, weight: &FlexTensor, eps: f32) -> (FlexTen
     let [rows, hidden] = dims(x);
     let mut out = vec![0.0; rows * hidden];
     let mut rstd = vec![0.0; rows];
-    rms_norm_forward(floats(x), floats(weight), eps, &mut out, &mut rstd);
+    time(Part::Norm, || {
+        rms_norm_forward(floats(x), floats(weight), eps, &mut out, &mut rstd);
+    });
     (from_values(out, [rows, hidden]), rstd)
 }
 
@@ -66,7 +69,9 @@ impl Backward<Flex, 2> for RmsNormBackward {
             x: &mut dx,
             weight: dweight.as_deref_mut(),
         };
-        rms_norm_backward(floats(&x), floats(&weight), &rstd, floats(&dout), gradients);
+        time(Part::Norm, || {
+            rms_norm_backward(floats(&x), floats(&weight), &rstd, floats(&dout), gradients);
+        });
         if let Some(node) = x_node {
             grads.register::<Flex>(node.id, from_values(dx, [rows, hidden]));
         }

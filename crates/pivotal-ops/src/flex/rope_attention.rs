@@ -7,8 +7,10 @@ use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::Checkpoi
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
+use pivotal_kernels::account::{Part, time};
 use pivotal_kernels::{
     AttentionGradients, AttentionInput, AttentionSaved, attention_backward, attention_forward,
+    join_columns, split_columns,
 };
 
 use super::{TrackedTensor, contiguous, dims, floats, from_values, map_in_place};
@@ -16,6 +18,9 @@ use crate::attention_layout::LayoutPlan;
 
 #[derive(Debug)]
 struct RopeAttentionBackward;
+
+#[derive(Debug)]
+struct JoinedBackward;
 
 /// What the backward pass needs: `q` and `k` after their rotation.
 #[derive(Clone, Debug)]
@@ -45,8 +50,10 @@ pub(crate) fn forward(
     plan: Arc<LayoutPlan>,
 ) -> (FlexTensor, State) {
     let shape = plan.attention.shape();
-    let q = map_in_place(q, |q| plan.rope.apply(q, shape.heads));
-    let k = map_in_place(k, |k| plan.rope.apply(k, shape.kv_heads));
+    let q = map_in_place(q, |q| time(Part::Rope, || plan.rope.apply(q, shape.heads)));
+    let k = map_in_place(k, |k| {
+        time(Part::Rope, || plan.rope.apply(k, shape.kv_heads))
+    });
     let v = contiguous(v);
     let [tokens, width] = dims(&q);
     let mut out = vec![0.0; tokens * width];
@@ -56,7 +63,9 @@ pub(crate) fn forward(
         k: floats(&k),
         v: floats(&v),
     };
-    attention_forward(&plan.attention, input, &mut out, &mut lse);
+    time(Part::Attention, || {
+        attention_forward(&plan.attention, input, &mut out, &mut lse);
+    });
     let out = from_values(out, [tokens, width]);
     let state = State {
         q,
@@ -90,45 +99,113 @@ pub(crate) fn tracked<C: CheckpointStrategy>(
     }
 }
 
+/// As [`forward`], from rows of query, key and value.
+pub(crate) fn forward_joined(qkv: FlexTensor, plan: Arc<LayoutPlan>) -> (FlexTensor, State) {
+    let shape = plan.attention.shape();
+    let qkv = contiguous(qkv);
+    let rows = dims(&qkv)[0];
+    let (width, key_width) = (
+        shape.heads * shape.head_dim,
+        shape.kv_heads * shape.head_dim,
+    );
+    let mut parts = [width, key_width, key_width].map(|width| vec![0.0; rows * width]);
+    time(Part::Rope, || {
+        split_columns(
+            floats(&qkv),
+            rows,
+            &mut parts.each_mut().map(|part| &mut part[..]),
+        );
+    });
+    drop(qkv);
+    let [q, k, v] = parts;
+    let tensor = |values, width| from_values(values, [rows, width]);
+    forward(
+        tensor(q, width),
+        tensor(k, key_width),
+        tensor(v, key_width),
+        plan,
+    )
+}
+
+pub(crate) fn tracked_joined<C: CheckpointStrategy>(
+    qkv: TrackedTensor,
+    plan: Arc<LayoutPlan>,
+) -> TrackedTensor {
+    let (qkv, node) = qkv.into_parts();
+    let (out, state) = forward_joined(qkv, plan);
+    match JoinedBackward
+        .prepare::<C>([node])
+        .compute_bound()
+        .stateful()
+    {
+        OpsKind::Tracked(prepared) => prepared.finish(state, out),
+        OpsKind::UnTracked(prepared) => {
+            drop(state);
+            prepared.finish(out)
+        }
+    }
+}
+
+/// The gradients of query, key and value, before their rotation.
+fn gradients(state: &State, dout: &FlexTensor) -> [Vec<f32>; 3] {
+    let plan = &state.plan;
+    let shape = plan.attention.shape();
+    let ([tokens, width], [_, key_width]) = (dims(&state.q), dims(&state.k));
+    let [mut dq, mut dk, mut dv] =
+        [width, key_width, key_width].map(|width| vec![0.0; tokens * width]);
+    let saved = AttentionSaved {
+        out: floats(&state.out),
+        lse: &state.lse,
+    };
+    let gradients = AttentionGradients {
+        q: &mut dq,
+        k: &mut dk,
+        v: &mut dv,
+    };
+    time(Part::Attention, || {
+        attention_backward(
+            &plan.attention,
+            state.input(),
+            saved,
+            floats(dout),
+            gradients,
+        );
+    });
+    time(Part::Rope, || {
+        plan.rope.apply_transpose(&mut dq, shape.heads);
+        plan.rope.apply_transpose(&mut dk, shape.kv_heads);
+    });
+    [dq, dk, dv]
+}
+
 impl Backward<Flex, 3> for RopeAttentionBackward {
     type State = State;
 
     fn backward(self, ops: Ops<State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dout = contiguous(grads.consume::<Flex>(&ops.node));
-        let state = ops.state;
-        let plan = &state.plan;
-        let shape = plan.attention.shape();
-        let ([tokens, width], [_, key_width]) = (dims(&state.q), dims(&state.k));
-        let mut dq = vec![0.0; tokens * width];
-        let mut dk = vec![0.0; tokens * key_width];
-        let mut dv = vec![0.0; tokens * key_width];
-        let saved = AttentionSaved {
-            out: floats(&state.out),
-            lse: &state.lse,
-        };
-        let gradients = AttentionGradients {
-            q: &mut dq,
-            k: &mut dk,
-            v: &mut dv,
-        };
-        attention_backward(
-            &plan.attention,
-            state.input(),
-            saved,
-            floats(&dout),
-            gradients,
-        );
-        let [q_node, k_node, v_node] = ops.parents;
-        if let Some(node) = q_node {
-            plan.rope.apply_transpose(&mut dq, shape.heads);
-            grads.register::<Flex>(node.id, from_values(dq, [tokens, width]));
+        let shapes = [&ops.state.q, &ops.state.k, &ops.state.v].map(dims);
+        let gradients = gradients(&ops.state, &dout);
+        for ((node, gradient), shape) in ops.parents.into_iter().zip(gradients).zip(shapes) {
+            if let Some(node) = node {
+                grads.register::<Flex>(node.id, from_values(gradient, shape));
+            }
         }
-        if let Some(node) = k_node {
-            plan.rope.apply_transpose(&mut dk, shape.kv_heads);
-            grads.register::<Flex>(node.id, from_values(dk, [tokens, key_width]));
-        }
-        if let Some(node) = v_node {
-            grads.register::<Flex>(node.id, from_values(dv, [tokens, key_width]));
-        }
+    }
+}
+
+impl Backward<Flex, 1> for JoinedBackward {
+    type State = State;
+
+    fn backward(self, ops: Ops<State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dout = contiguous(grads.consume::<Flex>(&ops.node));
+        let [node] = ops.parents;
+        let Some(node) = node else { return };
+        let ([rows, width], [_, key_width]) = (dims(&ops.state.q), dims(&ops.state.k));
+        let parts = gradients(&ops.state, &dout);
+        let mut joined = vec![0.0; rows * (width + 2 * key_width)];
+        time(Part::Rope, || {
+            join_columns(&parts.each_ref().map(|part| &part[..]), rows, &mut joined);
+        });
+        grads.register::<Flex>(node.id, from_values(joined, [rows, width + 2 * key_width]));
     }
 }

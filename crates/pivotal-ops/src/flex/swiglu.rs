@@ -5,6 +5,7 @@ use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::Checkpoi
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
+use pivotal_kernels::account::{Part, time};
 use pivotal_kernels::{swiglu_backward, swiglu_forward};
 
 use super::{TrackedTensor, contiguous, dims, floats, from_values};
@@ -15,7 +16,9 @@ struct SwigluBackward;
 pub(crate) fn forward(gate: &FlexTensor, up: &FlexTensor) -> FlexTensor {
     let [rows, width] = dims(gate);
     let mut out = vec![0.0; rows * width];
-    swiglu_forward(floats(gate), floats(up), &mut out);
+    time(Part::Swiglu, || {
+        swiglu_forward(floats(gate), floats(up), &mut out)
+    });
     from_values(out, [rows, width])
 }
 
@@ -45,13 +48,15 @@ impl Backward<Flex, 2> for SwigluBackward {
         let [rows, width] = dims(&gate);
         let mut dgate = vec![0.0; rows * width];
         let mut dup = vec![0.0; rows * width];
-        swiglu_backward(
-            floats(&gate),
-            floats(&up),
-            floats(&dout),
-            &mut dgate,
-            &mut dup,
-        );
+        time(Part::Swiglu, || {
+            swiglu_backward(
+                floats(&gate),
+                floats(&up),
+                floats(&dout),
+                &mut dgate,
+                &mut dup,
+            );
+        });
         for (node, gradient) in ops.parents.into_iter().zip([dgate, dup]) {
             if let Some(node) = node {
                 grads.register::<Flex>(node.id, from_values(gradient, [rows, width]));

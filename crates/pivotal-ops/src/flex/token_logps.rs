@@ -7,6 +7,7 @@ use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::Checkpoi
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
+use pivotal_kernels::account::{Part, time};
 use pivotal_kernels::{HeadShape, Precision, token_logps_backward, token_logps_forward};
 
 use super::{TrackedTensor, contiguous, dims, floats, from_values, token_ids};
@@ -31,13 +32,15 @@ pub(crate) fn forward(
     targets: &[u32],
     precision: Precision,
 ) -> (FlexTensor, Vec<f32>) {
-    let result = token_logps_forward(
-        floats(hidden),
-        floats(head),
-        targets,
-        head_shape(head),
-        precision,
-    );
+    let result = time(Part::Head, || {
+        token_logps_forward(
+            floats(hidden),
+            floats(head),
+            targets,
+            head_shape(head),
+            precision,
+        )
+    });
     (from_values(result.logps, [targets.len()]), result.lse)
 }
 
@@ -82,17 +85,19 @@ impl Backward<Flex, 2> for TokenLogpsBackward {
         let mut dhead = head_node
             .as_ref()
             .map(|_| vec![0.0; head_dims[0] * head_dims[1]]);
-        token_logps_backward(
-            floats(&state.hidden),
-            floats(&state.head),
-            &state.targets,
-            &state.lse,
-            floats(&dlogps),
-            head_shape(&state.head),
-            state.precision,
-            &mut dhidden,
-            dhead.as_deref_mut(),
-        );
+        time(Part::Head, || {
+            token_logps_backward(
+                floats(&state.hidden),
+                floats(&state.head),
+                &state.targets,
+                &state.lse,
+                floats(&dlogps),
+                head_shape(&state.head),
+                state.precision,
+                &mut dhidden,
+                dhead.as_deref_mut(),
+            );
+        });
         if let Some(node) = hidden_node {
             grads.register::<Flex>(node.id, from_values(dhidden, hidden_dims));
         }

@@ -1,0 +1,89 @@
+//! Rows that hold several things side by side, taken apart and put together.
+
+use crate::parallel::{SharedOut, check_len, for_each_block, rows_per_block};
+
+/// Copies columns of `joined` `[rows, all widths]` into `parts`, one after the other; a part is `[rows, width]`.
+///
+/// # Panics
+/// If the lengths do not fit.
+///
+/// # Examples
+/// ```
+/// let (mut left, mut right) = ([0.0; 2], [0.0; 4]);
+/// pivotal_kernels::split_columns(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 2, &mut [&mut left, &mut right]);
+/// assert_eq!((left, right), ([1.0, 4.0], [2.0, 3.0, 5.0, 6.0]));
+/// ```
+pub fn split_columns(joined: &[f32], rows: usize, parts: &mut [&mut [f32]]) {
+    let widths = widths(rows, parts.iter().map(|part| part.len()));
+    let total: usize = widths.iter().sum();
+    check_len("joined", joined, rows * total);
+    let targets: Vec<_> = parts.iter_mut().map(|part| SharedOut::new(part)).collect();
+    for_each_block(rows, rows_per_block(total), joined.len(), |block| {
+        for row in block {
+            let mut rest = &joined[row * total..][..total];
+            for (target, &width) in targets.iter().zip(&widths) {
+                // SAFETY: row `row` of every part is this block's own.
+                unsafe { target.slice(row * width, width) }.copy_from_slice(&rest[..width]);
+                rest = &rest[width..];
+            }
+        }
+    });
+}
+
+/// The inverse of [`split_columns`].
+///
+/// # Panics
+/// If the lengths do not fit.
+pub fn join_columns(parts: &[&[f32]], rows: usize, joined: &mut [f32]) {
+    let widths = widths(rows, parts.iter().map(|part| part.len()));
+    let total: usize = widths.iter().sum();
+    check_len("joined", joined, rows * total);
+    let work = joined.len();
+    let target = SharedOut::new(joined);
+    for_each_block(rows, rows_per_block(total), work, |block| {
+        for row in block {
+            let mut first = row * total;
+            for (part, &width) in parts.iter().zip(&widths) {
+                // SAFETY: row `row` of `joined` is this block's own.
+                unsafe { target.slice(first, width) }
+                    .copy_from_slice(&part[row * width..][..width]);
+                first += width;
+            }
+        }
+    });
+}
+
+#[track_caller]
+fn widths(rows: usize, lengths: impl Iterator<Item = usize>) -> Vec<usize> {
+    let width = |length: usize| {
+        let width = length / rows.max(1);
+        assert!(
+            width * rows == length,
+            "a part of {length} elements is no {rows} rows"
+        );
+        width
+    };
+    lengths.map(width).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::random;
+
+    #[test]
+    fn joining_undoes_splitting() {
+        for rows in [0, 1, 63, 700] {
+            let joined = random(rows * 23, 1);
+            let (mut a, mut b, mut c) = (vec![0.0; rows * 3], vec![0.0; rows * 20], vec![]);
+            split_columns(&joined, rows, &mut [&mut a, &mut c, &mut b]);
+            if rows > 0 {
+                assert_eq!(a[..3], joined[..3]);
+                assert_eq!(b[20 * (rows - 1)..], joined[23 * rows - 20..]);
+            }
+            let mut again = vec![f32::NAN; joined.len()];
+            join_columns(&[&a, &c, &b], rows, &mut again);
+            assert_eq!(again, joined);
+        }
+    }
+}
