@@ -6,6 +6,7 @@
 use burn::tensor::{Device, Tensor, TensorData};
 use pivotal_core::{Gather, Pack, TokenMask, TokenizedPair};
 use pivotal_data::{micro_batches, pack_pairs};
+use pivotal_kernels::account::{Part, time};
 use pivotal_loss::{Normalisation, PairLogps, ResponseIndex, kept_sums};
 use pivotal_model::Decoder;
 use serde::{Deserialize, Serialize};
@@ -111,7 +112,9 @@ fn micro_batch(
     metrics: &mut DpoMetrics,
 ) -> Result<()> {
     let pairs = items.len();
-    let pack = pack_pairs(items.iter().map(|item| &item.pair))?;
+    let pack = time(Part::Pack, || {
+        pack_pairs(items.iter().map(|item| &item.pair))
+    })?;
     let kept = |response: usize, position: usize| {
         items[response / 2].keep[response % 2].as_slice()[position]
     };
@@ -188,7 +191,10 @@ pub fn optimize(
         let batch: Vec<&DpoItem> = batch.iter().map(|&index| &items[index]).collect();
         let (sum, mut metrics) = gradients(policy, &batch, objective, settings, step + 1)?;
         metrics.lr = settings.lr * settings.schedule.factor(step, steps, settings.warmup_steps);
-        metrics.grad_norm = optimizer.step(policy, sum, metrics.lr, step + 1)?;
+        let lr = metrics.lr;
+        metrics.grad_norm = time(Part::Optimizer, || {
+            optimizer.step(policy, sum, lr, step + 1)
+        })?;
         after(step + 1, metrics, policy, optimizer)?;
     }
     Ok(())

@@ -5,6 +5,7 @@
 use burn::tensor::{Int, Tensor, TensorData};
 use pivotal_core::{Pack, TokenizedPair};
 use pivotal_data::{micro_batches, pack_pairs};
+use pivotal_kernels::account::{Part, time};
 use pivotal_loss::{
     ResponseIndex, ScorePair, bradley_terry, center_penalty, sequence_scores, token_l2_penalty,
 };
@@ -61,7 +62,7 @@ pub fn gradients(
         .collect();
     for range in micro_batches(&tokens, settings.micro_batch_tokens)? {
         let pairs = &pairs[range];
-        let pack = pack_pairs(pairs.iter().copied())?;
+        let pack = time(Part::Pack, || pack_pairs(pairs.iter().copied()))?;
         let decoder = &model.decoder;
         let recomputed = settings.activations.recomputed_layers(decoder, pack.len());
         let pass = decoder.forward(&pack, recomputed)?;
@@ -129,7 +130,8 @@ pub fn optimize(
         let batch: Vec<&TokenizedPair> = batch.iter().map(|&index| &pairs[index]).collect();
         let (sum, mut metrics) = gradients(model, &batch, reward, settings, step + 1)?;
         metrics.lr = settings.lr * settings.schedule.factor(step, steps, settings.warmup_steps);
-        metrics.grad_norm = optimizer.step(model, sum, metrics.lr, step + 1)?;
+        let lr = metrics.lr;
+        metrics.grad_norm = time(Part::Optimizer, || optimizer.step(model, sum, lr, step + 1))?;
         after(step + 1, metrics, model, optimizer)?;
     }
     Ok(())

@@ -5,6 +5,7 @@ use std::ops::Range;
 use burn::tensor::Tensor;
 use pivotal_core::{Pack, TokenizedPair};
 use pivotal_data::micro_batches;
+use pivotal_kernels::account::{Part, time};
 use pivotal_model::{Decoder, RewardModel};
 
 use crate::error::Result;
@@ -61,7 +62,7 @@ pub fn token_logps(
     let mut all = Vec::with_capacity(groups.len());
     for range in ranges(groups, micro_batch_tokens)? {
         let groups = &groups[range];
-        let pack = pack(groups)?;
+        let pack = time(Part::Pack, || pack(groups))?;
         let gathers = pack.gather(|_, _| true);
         if gathers.is_empty() {
             all.extend(groups.iter().map(|_| Vec::new()));
@@ -86,7 +87,7 @@ pub fn token_values(
     let mut all = Vec::with_capacity(groups.len());
     for range in ranges(groups, micro_batch_tokens)? {
         let groups = &groups[range];
-        let pack = pack(groups)?;
+        let pack = time(Part::Pack, || pack(groups))?;
         let levels = values(model.values(&pack)?);
         let mut response = 0;
         for group in groups {

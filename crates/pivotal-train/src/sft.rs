@@ -5,6 +5,7 @@
 
 use pivotal_core::{TokenMask, TokenizedResponse};
 use pivotal_data::{micro_batches, pack_responses};
+use pivotal_kernels::account::{Part, time};
 use pivotal_model::Decoder;
 use serde::{Deserialize, Serialize};
 
@@ -53,7 +54,7 @@ pub fn gradients(
         .collect();
     for range in micro_batches(&tokens, settings.micro_batch_tokens)? {
         let items = &items[range];
-        let pack = pack_responses(items.iter().copied())?;
+        let pack = time(Part::Pack, || pack_responses(items.iter().copied()))?;
         let gathers = pack.gather(|response, position| items[response].response_mask[position]);
         if gathers.is_empty() {
             continue;
@@ -102,7 +103,10 @@ pub fn optimize(
         let batch: Vec<&TokenizedResponse> = batch.iter().collect();
         let (sum, mut metrics) = gradients(policy, &batch, settings, step + 1)?;
         metrics.lr = settings.lr * settings.schedule.factor(step, steps, settings.warmup_steps);
-        metrics.grad_norm = optimizer.step(policy, sum, metrics.lr, step + 1)?;
+        let lr = metrics.lr;
+        metrics.grad_norm = time(Part::Optimizer, || {
+            optimizer.step(policy, sum, lr, step + 1)
+        })?;
         after(step + 1, metrics, policy, optimizer)?;
     }
     Ok(())

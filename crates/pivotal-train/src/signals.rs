@@ -9,6 +9,7 @@ use pivotal_credit::{
     Selection, Signal, Thresholds, Weighting,
 };
 use pivotal_data::{External, Tokenizer};
+use pivotal_kernels::account::{Part, time};
 
 use crate::error::{Error, Result};
 
@@ -176,7 +177,9 @@ pub fn assign(
             batch.push(response);
         }
     }
-    let given = Credit::new(rule.clone(), seed).assign(&batch)?;
+    let given = time(Part::Credit, || {
+        Credit::new(rule.clone(), seed).assign(&batch)
+    })?;
     let mut diagnostics = Diagnostics::new(DECISIVE_PROBABILITY);
     for (response, credit) in batch.iter().zip(&given) {
         diagnostics.observe(credit, response.truth, None)?;

@@ -2,11 +2,13 @@
 
 mod annotate;
 mod ceiling;
+mod credit;
 mod dpo;
 mod flops;
 mod generate;
 mod outcome;
 mod reward;
+mod scaling;
 mod sft;
 mod subject;
 mod table;
@@ -19,6 +21,7 @@ use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
 use pivotal_core::write_atomic;
+use pivotal_train::Activations;
 use pivotal_train::settings::Precision;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -59,6 +62,9 @@ pub(crate) struct Settings {
     /// Response tokens that the loss uses: all, or a fraction of each response, drawn at random.
     #[arg(long, default_value = "all")]
     keep: Keep,
+    /// Activations kept for the backward pass: keep, recompute, or a size such as 512MiB.
+    #[arg(long, default_value = "keep")]
+    activations: Activations,
     /// How often to measure; the median counts.
     #[arg(long, default_value_t = 1, value_parser = at_least::<1>)]
     repeat: usize,
@@ -81,6 +87,10 @@ enum Suite {
     Reward,
     /// Scoring every token: by one model, and from two models to masks.
     Annotate,
+    /// From a signal to a mask on one core, and what that is of a step.
+    Credit,
+    /// Training and scoring at response lengths from 64 to 4,096: speed, attention's part, memory.
+    Scaling,
     /// Sampling: 16 prompts, and 8 prompts with 8 samples each, 64 tokens a sample.
     Generate,
 }
@@ -128,6 +138,8 @@ impl Settings {
                 Suite::Sft => sft::run(&bench)?,
                 Suite::Reward => reward::run(&bench)?,
                 Suite::Annotate => annotate::run(&bench)?,
+                Suite::Credit => credit::run(&bench)?,
+                Suite::Scaling => scaling::run(&bench)?,
                 Suite::Generate => generate::run(&bench)?,
             };
             let ceiling = Ceiling::of(&before, &ceiling::sample());
@@ -218,6 +230,7 @@ impl Bench {
             ("steps", json!(settings.steps)),
             ("lora_rank", json!(settings.lora_rank)),
             ("keep", json!(settings.keep.to_string())),
+            ("activations", json!(settings.activations.to_string())),
         ])
     }
 }

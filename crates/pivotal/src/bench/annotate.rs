@@ -20,7 +20,7 @@ pub(crate) fn run(bench: &Bench) -> Result<Vec<Outcome>, Failure> {
 
 /// As a reference or a frozen model scores a data set.
 fn scoring(bench: &Bench) -> Result<Outcome, Failure> {
-    let steps = Steps::new(bench)?;
+    let steps = Steps::new(bench, bench.settings.steps)?;
     let model = bench.subject.base.detached();
     let repetitions = timed(&steps, bench.settings.repeat, |batches, _| {
         let pairs = taken(bench, batches);
@@ -33,7 +33,7 @@ fn scoring(bench: &Bench) -> Result<Outcome, Failure> {
 
 /// The recipe's default signal: an oracle with an adapter against its base, then segments and masks.
 fn log_ratios(bench: &Bench) -> Result<Outcome, Failure> {
-    let steps = Steps::new(bench)?;
+    let steps = Steps::new(bench, bench.settings.steps)?;
     let reference = bench.subject.base.detached();
     let oracle = bench.subject.policy(bench.settings.lora_rank)?.detached();
     let beta = AnnotateSettings::default().signal_beta as f32;

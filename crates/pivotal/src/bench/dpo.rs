@@ -16,6 +16,11 @@ use crate::bench::{Bench, Settings};
 use crate::failure::Failure;
 
 pub(crate) fn run(bench: &Bench) -> Result<Vec<Outcome>, Failure> {
+    Ok(vec![measure(bench, bench.settings.steps)?.1])
+}
+
+/// So many steps, one pass for 0: which they were, and what came out.
+pub(crate) fn measure(bench: &Bench, count: usize) -> Result<(Steps, Outcome), Failure> {
     let Settings {
         keep,
         lora_rank,
@@ -23,7 +28,7 @@ pub(crate) fn run(bench: &Bench) -> Result<Vec<Outcome>, Failure> {
         ..
     } = bench.settings;
     let pairs = &bench.subject.pairs;
-    let steps = Steps::new(bench)?;
+    let steps = Steps::new(bench, count)?;
     let mut items: Vec<DpoItem> = pairs
         .iter()
         .enumerate()
@@ -78,7 +83,7 @@ pub(crate) fn run(bench: &Bench) -> Result<Vec<Outcome>, Failure> {
         ..outcome
     };
     let needed = needed(bench, &steps, &items);
-    Ok(vec![outcome.counted(needed).timed(&repetitions)])
+    Ok((steps, outcome.counted(needed).timed(&repetitions)))
 }
 
 fn packed_tokens(item: &DpoItem) -> usize {

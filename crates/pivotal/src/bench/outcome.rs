@@ -106,6 +106,12 @@ impl Outcome {
             self.ceiling = Some(ceiling.clone());
         }
     }
+
+    /// The part's share of the time.
+    pub(crate) fn share(&self, part: Part) -> Option<f64> {
+        let found = self.parts.iter().find(|found| found.name == part.name());
+        found.map(|found| found.share)
+    }
 }
 
 /// Longest first; then `rest`, what no guard saw. Nothing if no part was timed at all.

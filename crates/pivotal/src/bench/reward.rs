@@ -13,7 +13,7 @@ use crate::failure::Failure;
 
 pub(crate) fn run(bench: &Bench) -> Result<Vec<Outcome>, Failure> {
     let (pairs, rank) = (&bench.subject.pairs, bench.settings.lora_rank);
-    let steps = Steps::new(bench)?;
+    let steps = Steps::new(bench, bench.settings.steps)?;
     let settings = optimizer_settings(&bench.settings);
     let reward = RewardSettings::default();
     let policy = bench.subject.policy(rank)?;

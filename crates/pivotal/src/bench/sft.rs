@@ -22,7 +22,7 @@ pub(crate) fn run(bench: &Bench) -> Result<Vec<Outcome>, Failure> {
             response_mask: mask(keep, pair.chosen.len(), index, 0),
         })
         .collect();
-    let steps = Steps::new(bench)?;
+    let steps = Steps::new(bench, bench.settings.steps)?;
     let settings = optimizer_settings(&bench.settings);
     let mut policy = bench.subject.policy(rank)?;
     let mut optimizer = NamedAdamW::new(&settings);

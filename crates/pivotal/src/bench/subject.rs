@@ -98,6 +98,16 @@ pub(crate) fn mask(keep: Keep, tokens: usize, pair: usize, side: usize) -> Vec<b
     random_subset(tokens, keep.fraction(), &mut stream)
 }
 
+/// Pairs of random token ids whose responses are `response` tokens long.
+pub(crate) fn random_pairs(
+    count: usize,
+    prompt: usize,
+    response: usize,
+    vocab: usize,
+) -> Vec<TokenizedPair> {
+    pairs_of((0..count).map(|_| [prompt, response, response]), vocab)
+}
+
 /// SmolLM2-135M's sizes.
 pub(crate) fn smollm2_shape() -> DecoderConfig {
     DecoderConfig {

@@ -19,9 +19,9 @@ pub(crate) struct Steps {
 }
 
 impl Steps {
-    /// `--steps` batches in the recipes' own order, or one pass over the data.
-    pub(crate) fn new(bench: &Bench) -> Result<Self, Failure> {
-        let Settings { steps, batch, .. } = bench.settings;
+    /// So many batches in the recipes' own order; one pass over the data for 0.
+    pub(crate) fn new(bench: &Bench, steps: usize) -> Result<Self, Failure> {
+        let batch = bench.settings.batch;
         let options = BatchOptions {
             seed: 1,
             items_per_batch: batch,
@@ -61,6 +61,7 @@ pub(crate) fn optimizer_settings(settings: &Settings) -> OptimizerSettings {
     OptimizerSettings {
         lr: LR,
         batch: settings.batch,
+        activations: settings.activations,
         ..OptimizerSettings::default()
     }
 }
@@ -74,6 +75,15 @@ pub(crate) fn timed(
     mut body: impl FnMut(&[Vec<usize>], u64) -> Result<Option<f64>, Failure>,
 ) -> Result<Vec<Repetition>, Failure> {
     body(&steps.batches[..1], 0)?;
+    timed_warm(steps, repeat, body)
+}
+
+/// [`timed`], of work that has been done before.
+pub(crate) fn timed_warm(
+    steps: &Steps,
+    repeat: usize,
+    mut body: impl FnMut(&[Vec<usize>], u64) -> Result<Option<f64>, Failure>,
+) -> Result<Vec<Repetition>, Failure> {
     let count = steps.batches.len() as u64;
     let repetition = |index: usize| {
         account::start();

@@ -15,6 +15,10 @@ fn number(value: &Value, key: &str) -> f64 {
     found.unwrap_or_else(|| panic!("`{key}` is {}", value[key]))
 }
 
+fn parts(result: &Value) -> &[Value] {
+    result["parts"].as_array().unwrap()
+}
+
 /// What holds of every measurement.
 fn check(result: &Value) {
     assert_eq!(result["tool"], "pivotal");
@@ -22,9 +26,8 @@ fn check(result: &Value) {
     assert!(seconds > 0.0);
     let speed = number(result, "tokens") / seconds;
     assert!((number(result, "tokens_per_second") / speed - 1.0).abs() < 1e-9);
-    let parts = result["parts"].as_array().unwrap();
-    let sum: f64 = parts.iter().map(|part| number(part, "seconds")).sum();
-    assert!(sum < 1.001 * seconds, "{sum} of {seconds} in {parts:?}");
+    let sum: f64 = parts(result).iter().map(|part| number(part, "share")).sum();
+    assert!(sum == 0.0 || (sum - 1.0).abs() < 1e-3, "{sum} in {result}");
 }
 
 #[test]
@@ -70,13 +73,20 @@ fn a_step_of_dpo_is_measured_on_a_model_and_pairs_of_ones_own() {
         assert!(number(result, "peak_bytes") > 1e6);
     }
     assert_eq!(result["settings"]["batch"], 3);
+    let parts: Vec<_> = parts(result)
+        .iter()
+        .map(|part| part["name"].clone())
+        .collect();
+    for name in ["optimizer", "pack", "rest"] {
+        assert!(parts.contains(&name.into()), "{parts:?}");
+    }
 }
 
 #[test]
 fn one_pass_takes_every_pair_and_repetitions_give_their_median() {
     let scratch = Scratch::new();
     let command = "bench sft reward annotate --model MODEL --data pairs.jsonl --batch 3 \
-                   --lora-rank 0 --repeat 3 --json out.json";
+                   --lora-rank 0 --activations recompute --repeat 3 --json out.json";
     scratch.good(command);
     let results = results(&scratch.read("out.json"));
     let suites: Vec<_> = results
@@ -119,6 +129,64 @@ fn sampling_is_measured_token_by_token() {
 }
 
 #[test]
+fn credit_is_measured_at_every_length_and_as_a_part_of_a_step() {
+    let scratch = Scratch::new();
+    scratch.good("bench credit --model MODEL --steps 1 --json out.json");
+    let results = results(&scratch.read("out.json"));
+    results.iter().for_each(check);
+    let speed = |variant: &str, tokens: usize| {
+        let name = format!("{variant}, {tokens} tokens");
+        let found = results.iter().find(|result| result["variant"] == name);
+        found.unwrap_or_else(|| panic!("`{name}` was measured"))
+    };
+    for way in ["schmitt", "schmitt, dead zone", "jump", "schmitt, recorded"] {
+        for pivots in ["few", "many"] {
+            let longest = speed(&format!("{way}, {pivots} pivots"), 1_048_576);
+            assert_eq!(longest["threads"], 1);
+            let turns = number(&longest["settings"], "pivots");
+            let expected = if pivots == "few" {
+                1_000.0..4_000.0
+            } else {
+                500_000.0..550_000.0
+            };
+            assert!(expected.contains(&turns), "{turns} in {way}");
+        }
+    }
+    let shares = results
+        .iter()
+        .filter_map(|r| r["figures"]["percent_of_step"].as_f64());
+    let shares: Vec<f64> = shares.collect();
+    assert_eq!(shares.len(), 6);
+    assert!(
+        shares.iter().all(|&share| share > 0.0 && share < 100.0),
+        "{shares:?}"
+    );
+}
+
+#[test]
+fn scaling_takes_the_lengths_that_the_model_has_positions_for() {
+    let scratch = Scratch::new();
+    scratch.good("bench scaling --model MODEL --lora-rank 2 --json out.json");
+    let results = results(&scratch.read("out.json"));
+    let variants: Vec<_> = results
+        .iter()
+        .filter_map(|r| r["variant"].as_str())
+        .collect();
+    assert_eq!(
+        variants,
+        ["score, 64", "score, 128", "train, 64", "train, 128"]
+    );
+    results.iter().for_each(check);
+    let share = |index: usize| number(&results[index]["figures"], "attention_flop_percent");
+    assert!(share(1) > share(0) && share(3) > share(2));
+    assert_eq!(number(&results[1]["figures"], "pair_tokens"), 384.0);
+    assert_eq!(
+        (&results[0]["tokens"], &results[0]["pairs"]),
+        (&2304.into(), &9.into())
+    );
+}
+
+#[test]
 fn bad_flags_are_refused_before_the_work() {
     let scratch = Scratch::new();
     let refused = [
@@ -132,6 +200,7 @@ fn bad_flags_are_refused_before_the_work() {
         ("bench dpo --max-tokens 1", "--max-tokens"),
         ("bench dpo --precision f64", "--precision"),
         ("bench dpo --data pairs.jsonl", "--model"),
+        ("bench dpo --activations some", "--activations"),
         ("bench dpo --model absent.gguf", "absent.gguf"),
         (
             "bench dpo --model MODEL --data absent.jsonl",
