@@ -27,7 +27,7 @@ pub(crate) const COLUMNS: usize = 48;
 const GROUP: usize = 16;
 /// Pairs summed in registers before the sums go to memory: a right panel of that depth is 96 KiB, a tenth of the
 /// second-level cache.
-const BLOCK_PAIRS: usize = 512;
+pub(crate) const BLOCK_PAIRS: usize = 512;
 /// Rows of one task: its left panels take 256 KiB of the second-level cache.
 const TASK_ROWS: usize = 128;
 /// Right panels of one task.
@@ -249,11 +249,11 @@ fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
 
 /// Where a tile of sums goes.
 #[derive(Clone, Copy)]
-struct Tile {
-    out: *mut f32,
-    stride: usize,
-    columns: usize,
-    add: bool,
+pub(crate) struct Tile {
+    pub(crate) out: *mut f32,
+    pub(crate) stride: usize,
+    pub(crate) columns: usize,
+    pub(crate) add: bool,
 }
 
 /// `R` rows times 48 columns over `pairs` pairs.
@@ -305,7 +305,7 @@ unsafe fn multiply_tile<const R: usize>(
 /// # Safety
 /// As for [`multiply_tile`], with `rows` from 1 to 8.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn multiply_rows(
+pub(crate) unsafe fn multiply_rows(
     rows: usize,
     left: *const u32,
     right: *const u32,

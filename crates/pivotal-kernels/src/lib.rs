@@ -19,10 +19,13 @@ mod attention_backward;
 mod bf16;
 mod cached;
 mod columns;
+#[cfg(target_arch = "x86_64")]
+mod few_rows;
 mod frozen;
 mod frozen_head;
 #[cfg(target_arch = "x86_64")]
 mod group;
+mod key_values;
 mod lanes;
 mod logps;
 mod matmul;
@@ -46,6 +49,7 @@ pub use frozen::{
     frozen_linears_forward,
 };
 pub use frozen_head::frozen_token_logps;
+pub use key_values::{KeyValues, StepContext, attend_step};
 pub use logps::{HeadShape, TokenLogps, token_logps_backward, token_logps_forward};
 pub use matmul::{Precision, ProductShape, Store, bf16_available, matmul_nn, matmul_nt, matmul_tn};
 pub use norm::{RmsNormGradients, rms_norm_backward, rms_norm_forward};

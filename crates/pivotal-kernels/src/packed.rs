@@ -4,6 +4,9 @@ use crate::matmul::{Precision, ProductShape, Store, bf16_available};
 use crate::parallel::check_len;
 use crate::small;
 
+/// Rows that f32 products take together: more would not stay in the second-level cache.
+const BLOCK_ROWS: usize = 64;
+
 /// A linear layer's weight `[outputs, inputs]`, laid out for [`PackedWeight::forward`].
 ///
 /// At one row a product reads the weight once and is bound by memory: bf16 halves the time.
@@ -93,24 +96,42 @@ impl PackedWeight {
     /// `out = x Wᵀ`. A row's result is the same bit for bit whatever the other rows and their number.
     ///
     /// # Shapes
-    /// `x` is `[rows, inputs]`, `out` is `[rows, outputs]`. Meant for 1 to 64 rows, right for any.
+    /// `x` is `[rows, inputs]`, `out` is `[rows, outputs]`. Fastest for 1 to 64 rows, right for any.
     ///
     /// # Panics
     /// If a slice has another length.
     pub fn forward(&self, x: &[f32], rows: usize, out: &mut [f32]) {
+        self.product(x, rows, out, Store::Replace);
+    }
+
+    /// `out += x Wᵀ`, otherwise as [`PackedWeight::forward`].
+    ///
+    /// # Shapes
+    /// `x` is `[rows, inputs]`, `out` is `[rows, outputs]`.
+    ///
+    /// # Panics
+    /// If a slice has another length.
+    pub fn forward_add(&self, x: &[f32], rows: usize, out: &mut [f32]) {
+        self.product(x, rows, out, Store::Add);
+    }
+
+    fn product(&self, x: &[f32], rows: usize, out: &mut [f32], store: Store) {
         check_len("x", x, rows * self.inputs);
         check_len("out", out, rows * self.outputs);
-        let shape = ProductShape {
-            m: rows,
-            n: self.outputs,
-            k: self.inputs,
-        };
+        let (n, k) = (self.outputs, self.inputs);
         match &self.values {
-            Values::F32(weight) => small::few_rows_nt(x, weight, out, shape, Store::Replace),
+            Values::F32(weight) => {
+                for first in (0..rows).step_by(BLOCK_ROWS) {
+                    let m = BLOCK_ROWS.min(rows - first);
+                    let (x, out) = (&x[first * k..][..m * k], &mut out[first * n..][..m * n]);
+                    small::few_rows_nt(x, weight, out, ProductShape { m, n, k }, store);
+                }
+            }
             #[cfg(target_arch = "x86_64")]
             Values::Bf16(words) => {
                 use crate::bf16::{ROWS, Source, multiply_packed, pack, packed_words};
-                let k = self.inputs;
+                use crate::few_rows::{MOST_ROWS, multiply_few};
+                let shape = ProductShape { m: rows, n, k };
                 let source = Source {
                     values: x,
                     line_stride: k,
@@ -121,7 +142,11 @@ impl PackedWeight {
                 crate::parallel::with_scratch(packed_words::<ROWS>(rows, k), |left| {
                     pack::<ROWS>(source, left);
                     let words = words.as_slice();
-                    multiply_packed(left, words, out, (self.outputs, 0), shape, Store::Replace);
+                    if rows <= MOST_ROWS {
+                        multiply_few(left, words, out, shape, store);
+                    } else {
+                        multiply_packed(left, words, out, (n, 0), shape, store);
+                    }
                 });
             }
         }
@@ -165,12 +190,11 @@ mod tests {
                     let packed = PackedWeight::new(&weight, outputs, inputs, precision);
                     let mut out = vec![f32::NAN; rows * outputs];
                     packed.forward(&x, rows, &mut out);
-                    assert_close(
-                        &format!("{precision:?} {shape:?}"),
-                        &out,
-                        &expected,
-                        tolerance,
-                    );
+                    let what = format!("{precision:?} {shape:?}");
+                    assert_close(&what, &out, &expected, tolerance);
+                    packed.forward_add(&x, rows, &mut out);
+                    let twice: Vec<f64> = expected.iter().map(|y| 2.0 * y).collect();
+                    assert_close(&what, &out, &twice, tolerance);
                 }
             }
         }
@@ -178,7 +202,7 @@ mod tests {
 
     #[test]
     fn a_row_does_not_depend_on_its_neighbours_or_the_threads() {
-        let (rows, outputs, inputs) = (21, 700, 1111);
+        let (rows, outputs, inputs) = (70, 700, 1111);
         let (weight, x) = (random(outputs * inputs, 1), random(rows * inputs, 2));
         for precision in [Precision::F32, Precision::Bf16] {
             let packed = PackedWeight::new(&weight, outputs, inputs, precision);
@@ -197,7 +221,13 @@ mod tests {
 
     #[test]
     fn bf16_is_the_unpacked_product_bit_for_bit() {
-        let (rows, outputs, inputs) = (5, 90, 1300);
+        for rows in [5, 16, 64, 65] {
+            is_the_unpacked_product(rows);
+        }
+    }
+
+    fn is_the_unpacked_product(rows: usize) {
+        let (outputs, inputs) = (90, 1300);
         let (weight, x) = (random(outputs * inputs, 1), random(rows * inputs, 2));
         let packed = PackedWeight::new(&weight, outputs, inputs, Precision::Bf16);
         assert_eq!(packed.precision() == Precision::Bf16, bf16_available());

@@ -61,14 +61,18 @@ pub(crate) fn exp_sum_in_place(row: &mut [f32], shift: f32) -> f32 {
 /// ```
 #[must_use]
 pub fn argmax(row: &[f32]) -> Option<usize> {
-    let mut best = None;
-    for (index, &x) in row.iter().enumerate() {
-        if !x.is_nan() && best.is_none_or(|at: usize| x > row[at]) {
-            best = Some(index);
-        }
-    }
-    best
+    let largest = maximum(row);
+    // In blocks, so that the search vectorises.
+    let block = row
+        .chunks(SEARCH)
+        .position(|block| block.iter().fold(false, |found, &x| found | (x == largest)))?;
+    let start = block * SEARCH;
+    let within = row[start..].iter().position(|&x| x == largest)?;
+    Some(start + within)
 }
+
+/// Elements looked through at once.
+const SEARCH: usize = 256;
 
 #[cfg(test)]
 mod tests {
@@ -95,5 +99,10 @@ mod tests {
         assert_eq!(argmax(&[]), None);
         assert_eq!(argmax(&[f32::NAN, -1.0]), Some(1));
         assert_eq!(argmax(&[f32::NEG_INFINITY]), Some(0));
+        assert_eq!(argmax(&[f32::NAN; 300]), None);
+        assert_eq!(argmax(&[f32::NAN, f32::NEG_INFINITY]), Some(1));
+        let mut long = [0.0; 1000];
+        (long[700], long[701]) = (1.0, 1.0);
+        assert_eq!(argmax(&long), Some(700));
     }
 }

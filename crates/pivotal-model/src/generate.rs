@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use pivotal_core::{RandomStream, random_stream};
+use rayon::prelude::*;
 
 use crate::decode::{Generator, PromptCache, Scratch, Sequence};
 use crate::error::{Error, Result};
@@ -103,12 +104,17 @@ impl Generator {
             let token_ids: Vec<u32> = active.iter().map(Active::last_token).collect();
             self.step_in(&mut sequences, &token_ids, &mut scratch)?;
             let vocab = self.config().vocab_size;
-            // Backwards, so that what moves into a gap has had its turn.
-            for index in (0..active.len()).rev() {
-                let logits = &scratch.logits[index * vocab..][..vocab];
-                if active[index].extend(logits, settings)? {
-                    done.push(active.swap_remove(index).generation);
-                    sequences.swap_remove(index);
+            let rows = active.par_iter_mut().zip(scratch.logits.par_chunks(vocab));
+            let ended = rows
+                .map(|(response, logits)| response.extend(logits, settings))
+                .collect::<Vec<_>>()
+                .into_iter()
+                .collect::<Result<Vec<bool>>>()?;
+            // Backwards, so that the indices hold; in order, so that samples of one prompt stay neighbours.
+            for (index, ended) in ended.into_iter().enumerate().rev() {
+                if ended {
+                    done.push(active.remove(index).generation);
+                    sequences.remove(index);
                 }
             }
         }

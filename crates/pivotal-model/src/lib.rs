@@ -16,6 +16,7 @@ mod error;
 mod frozen;
 mod generate;
 mod lora;
+mod packed_layer;
 mod parameter;
 mod projection;
 mod recompute;

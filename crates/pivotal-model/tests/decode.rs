@@ -313,6 +313,46 @@ fn an_adapter_is_merged_into_the_packed_weights() {
     assert!(off <= LOGITS, "off from peft by {off:e}");
 }
 
+/// peft's adapter covers every linear layer; `q_proj` and `up_proj` alone leave parts of fused products without one.
+#[test]
+fn an_adapter_beside_the_weights_is_the_merged_one_and_can_be_replaced() {
+    let base = decoder(&golden("llama"), Precision::F32);
+    let adapter = LoraAdapter::load(&golden("llama/adapter")).unwrap();
+    let mut part = adapter.clone();
+    part.modules
+        .retain(|name, _| name.ends_with("k_proj") || name.ends_with("up_proj"));
+    let tokens: Vec<u32> = (0..24).map(|i| 4 + (i * 11) % 90).collect();
+    let logits = |generator: &Generator| cached_logits(generator, &tokens[..9], &tokens[9..]);
+    let bare = Generator::new(&base, Precision::F32);
+    let mut followed = Generator::unmerged(&base, Precision::F32);
+    assert_eq!(logits(&followed), logits(&bare));
+    for adapter in [&adapter, &part] {
+        let adapted = base.clone().with_adapter(adapter).unwrap();
+        let merged = logits(&Generator::new(&adapted, Precision::F32));
+        let before = followed.clone();
+        let expected = logits(&before);
+        followed.refresh(&adapted);
+        let found = logits(&followed);
+        let off = difference(&found, widened(&merged));
+        assert!(off <= LOGITS, "off from merged by {off:e}");
+        assert!(difference(&found, widened(&logits(&bare))) > 100.0 * LOGITS);
+        let fresh = Generator::unmerged(&adapted, Precision::F32);
+        assert_eq!(logits(&fresh), found);
+        assert_eq!(logits(&before), expected, "a clone keeps its own adapter");
+    }
+    followed.refresh(&base);
+    assert_eq!(logits(&followed), logits(&bare));
+}
+
+#[test]
+#[should_panic(expected = "Generator::unmerged")]
+fn a_merged_adapter_cannot_be_replaced() {
+    let base = decoder(&golden("llama"), Precision::F32);
+    let adapter = LoraAdapter::load(&golden("llama/adapter")).unwrap();
+    let adapted = base.clone().with_adapter(&adapter).unwrap();
+    Generator::new(&adapted, Precision::F32).refresh(&base);
+}
+
 #[test]
 fn bf16_weights_round_as_the_forward_pass_does() {
     for model in MODELS {

@@ -1,0 +1,49 @@
+//! The linear layers of one step of decoding with SmolLM2-135M: 270 MB of bf16 weights, read once.
+//!
+//! `cargo bench -p pivotal-kernels --bench decoding`. Items are rows: tokens.
+
+use divan::Bencher;
+use divan::counter::ItemsCount;
+use pivotal_kernels::{PackedWeight, Precision};
+
+fn main() {
+    divan::main();
+}
+
+/// Outputs and inputs of a layer's products: q, k and v; o; gate and up; down.
+const LAYER: [(usize, usize); 4] = [(960, 576), (576, 576), (3072, 576), (576, 1536)];
+const LAYERS: usize = 30;
+const VOCAB: usize = 49_152;
+
+fn weights(precision: Precision) -> Vec<PackedWeight> {
+    let pack = |(outputs, inputs): (usize, usize)| {
+        let values: Vec<f32> = (0..outputs * inputs)
+            .map(|index| (index * 7919 % 1009) as f32 / 1009.0 - 0.5)
+            .collect();
+        PackedWeight::new(&values, outputs, inputs, precision)
+    };
+    let layers = (0..LAYERS).flat_map(|_| LAYER).map(pack);
+    layers.chain([pack((VOCAB, 576))]).collect()
+}
+
+fn step(bencher: Bencher, rows: usize, precision: Precision) {
+    let weights = weights(precision);
+    let x = vec![0.5; rows * 1536];
+    let mut out = vec![0.0; rows * VOCAB];
+    bencher.counter(ItemsCount::new(rows)).bench_local(|| {
+        for weight in &weights {
+            let x = &x[..rows * weight.inputs()];
+            weight.forward(x, rows, &mut out[..rows * weight.outputs()]);
+        }
+    });
+}
+
+#[divan::bench(args = [1, 2, 4, 8, 12, 16, 32, 64, 512], sample_count = 20, sample_size = 1)]
+fn bf16(bencher: Bencher, rows: usize) {
+    step(bencher, rows, Precision::Bf16);
+}
+
+#[divan::bench(args = [1, 4, 16, 64, 512], sample_count = 5, sample_size = 1)]
+fn f32(bencher: Bencher, rows: usize) {
+    step(bencher, rows, Precision::F32);
+}

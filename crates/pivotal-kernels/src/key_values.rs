@@ -1,0 +1,525 @@
+//! A key-value cache laid out for attention of one token at a time, and that attention.
+//!
+//! Keys lie in blocks of 16 positions, transposed, so that a block's scores are 16 sums side by side; values lie position by
+//! position. A prompt's cache is read once for several of its samples: their queries are rows of one small product.
+
+use crate::lanes::{LANES, Lanes, exp_shifted, maximum, sum};
+use crate::parallel::{SharedOut, check_len, for_each_block, with_scratch};
+use crate::plan::AttentionShape;
+
+/// Positions of a block.
+const BLOCK: usize = 16;
+/// Vectors of a block's positions.
+const VECTORS: usize = BLOCK / LANES;
+/// Queries multiplied together: their sums are half of the 16 AVX registers.
+const QUERIES: usize = 4;
+/// Samples of one prompt in a task.
+const TASK_SEQUENCES: usize = 8;
+
+/// Keys and values of some positions, in the layout [`attend_step`] wants.
+#[derive(Clone, Debug)]
+pub struct KeyValues {
+    kv_heads: usize,
+    head_dim: usize,
+    tokens: usize,
+    /// `[blocks, kv_heads, head_dim, 16]`; positions not yet there are zero.
+    keys: Vec<f32>,
+    /// `[blocks, kv_heads, 16, padded head_dim]`.
+    values: Vec<f32>,
+}
+
+/// What one sequence attends to: a prefix that other sequences may share, then its own tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct StepContext<'a> {
+    /// The prompt. Neighbours with the same one (the same object) are computed together, with the same result.
+    pub prefix: &'a KeyValues,
+    /// The sequence's own tokens, the newest included.
+    pub own: &'a KeyValues,
+}
+
+impl KeyValues {
+    /// An empty cache.
+    #[must_use]
+    pub fn new(shape: AttentionShape) -> Self {
+        shape.check();
+        Self {
+            kv_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
+            tokens: 0,
+            keys: Vec::new(),
+            values: Vec::new(),
+        }
+    }
+
+    /// An empty cache of the same shape.
+    #[must_use]
+    pub fn emptied(&self) -> Self {
+        Self {
+            tokens: 0,
+            keys: Vec::new(),
+            values: Vec::new(),
+            ..*self
+        }
+    }
+
+    /// Positions held.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Appends positions.
+    ///
+    /// # Shapes
+    /// `keys` (rotated) and `values` are `[positions, kv_heads * head_dim]`.
+    ///
+    /// # Panics
+    /// If they are not whole rows, or not equally many.
+    pub fn extend(&mut self, keys: &[f32], values: &[f32]) {
+        let width = self.kv_heads * self.head_dim;
+        check_len("values", values, keys.len());
+        assert!(
+            keys.len().is_multiple_of(width),
+            "{} elements are not whole rows of {width}",
+            keys.len()
+        );
+        let blocks = (self.tokens + keys.len() / width).div_ceil(BLOCK);
+        self.keys.resize(blocks * BLOCK * width, 0.0);
+        self.values
+            .resize(blocks * BLOCK * self.kv_heads * self.padded(), 0.0);
+        for (key, value) in keys.chunks_exact(width).zip(values.chunks_exact(width)) {
+            let (block, lane) = (self.tokens / BLOCK, self.tokens % BLOCK);
+            let heads = key
+                .chunks_exact(self.head_dim)
+                .zip(value.chunks_exact(self.head_dim));
+            for (head, (key, value)) in heads.enumerate() {
+                let (keys, values) = self.at(block, head);
+                for (at, &key) in (keys + lane..).step_by(BLOCK).zip(key) {
+                    self.keys[at] = key;
+                }
+                let values = values + lane * self.padded();
+                self.values[values..][..self.head_dim].copy_from_slice(value);
+            }
+            self.tokens += 1;
+        }
+    }
+
+    /// A head's width in `values`: whole vectors.
+    fn padded(&self) -> usize {
+        self.head_dim.next_multiple_of(LANES)
+    }
+
+    /// Where a block's keys and values of one head begin.
+    fn at(&self, block: usize, head: usize) -> (usize, usize) {
+        let index = (block * self.kv_heads + head) * BLOCK;
+        (index * self.head_dim, index * self.padded())
+    }
+
+    fn blocks(&self) -> usize {
+        self.tokens.div_ceil(BLOCK)
+    }
+
+    fn block(&self, block: usize, head: usize) -> (&[f32], &[f32]) {
+        let (keys, values) = self.at(block, head);
+        (
+            &self.keys[keys..][..BLOCK * self.head_dim],
+            &self.values[values..][..BLOCK * self.padded()],
+        )
+    }
+}
+
+/// Attends query row `i` to all of `contexts[i]`; an empty context gives zeros.
+///
+/// Agrees with [`attention_forward`](crate::attention_forward) up to f32 rounding (the sums run in another order), and a
+/// sequence's result does not depend on the others.
+///
+/// # Shapes
+/// `q` and `out` are `[sequences, heads * head_dim]`.
+///
+/// # Panics
+/// If lengths or the caches do not fit the shape.
+///
+/// # Examples
+/// ```
+/// use pivotal_kernels::{AttentionShape, KeyValues, StepContext, attend_step};
+/// let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: 1 };
+/// let (mut prefix, mut own) = (KeyValues::new(shape), KeyValues::new(shape));
+/// prefix.extend(&[0.0], &[1.0]);
+/// own.extend(&[0.0], &[3.0]);
+/// let mut out = [0.0];
+/// attend_step(shape, &[1.0], &[StepContext { prefix: &prefix, own: &own }], &mut out);
+/// assert_eq!(out, [2.0]);
+/// ```
+pub fn attend_step(
+    shape: AttentionShape,
+    q: &[f32],
+    contexts: &[StepContext<'_>],
+    out: &mut [f32],
+) {
+    shape.check();
+    check_len("q", q, contexts.len() * shape.query_width());
+    check_len("out", out, contexts.len() * shape.query_width());
+    for cache in contexts.iter().flat_map(|c| [c.prefix, c.own]) {
+        assert!(
+            (cache.kv_heads, cache.head_dim) == (shape.kv_heads, shape.head_dim),
+            "a cache of {} heads of {} does not fit {shape:?}",
+            cache.kv_heads,
+            cache.head_dim
+        );
+    }
+    let runs = runs(contexts);
+    let positions: usize = contexts
+        .iter()
+        .map(|c| c.prefix.tokens + c.own.tokens)
+        .sum();
+    let work = 2 * positions * shape.query_width();
+    let target = SharedOut::new(out);
+    for_each_block(runs.len() * shape.kv_heads, 1, work, |tasks| {
+        for task in tasks {
+            let (run, head) = (runs[task / shape.kv_heads].clone(), task % shape.kv_heads);
+            let width = shape.group() * shape.head_dim;
+            let at = |sequence: usize| sequence * shape.query_width() + head * width;
+            let rows: Vec<&[f32]> = run
+                .clone()
+                .flat_map(|sequence| q[at(sequence)..][..width].chunks_exact(shape.head_dim))
+                .collect();
+            attend_run(shape, &rows, &contexts[run.clone()], head, |row, sums| {
+                let member = row % shape.group() * shape.head_dim;
+                // SAFETY: this task alone has this head of this sequence.
+                let out = unsafe {
+                    target.slice(at(run.start + row / shape.group()) + member, shape.head_dim)
+                };
+                out.copy_from_slice(&sums[..shape.head_dim]);
+            });
+        }
+    });
+}
+
+/// Neighbours that share a prefix, at most [`TASK_SEQUENCES`] together.
+fn runs(contexts: &[StepContext<'_>]) -> Vec<std::ops::Range<usize>> {
+    let mut runs = Vec::with_capacity(contexts.len());
+    let mut start = 0;
+    for end in 1..=contexts.len() {
+        let shared = end < contexts.len()
+            && end - start < TASK_SEQUENCES
+            && std::ptr::eq(contexts[end].prefix, contexts[start].prefix);
+        if !shared {
+            runs.push(start..end);
+            start = end;
+        }
+    }
+    runs
+}
+
+/// All queries of one key-value head of sequences that share a prefix; `write` gets each query's index and result.
+fn attend_run(
+    shape: AttentionShape,
+    queries: &[&[f32]],
+    contexts: &[StepContext<'_>],
+    head: usize,
+    mut write: impl FnMut(usize, &[f32]),
+) {
+    let (group, prefix) = (shape.group(), contexts[0].prefix);
+    let own_blocks = contexts.iter().map(|c| c.own.blocks()).max().unwrap_or(0);
+    let stride = (prefix.blocks() + own_blocks) * BLOCK;
+    let padded = prefix.padded();
+    with_scratch(queries.len() * (stride + padded), |scratch| {
+        let (scores, sums) = scratch.split_at_mut(queries.len() * stride);
+        score_all(prefix, head, queries, scores, stride, 0);
+        sums.fill(0.0);
+        for (member, context) in contexts.iter().enumerate() {
+            let rows = member * group..(member + 1) * group;
+            let scores = &mut scores[rows.start * stride..rows.end * stride];
+            let first = prefix.blocks() * BLOCK;
+            score_all(context.own, head, &queries[rows], scores, stride, first);
+            let len = first + context.own.blocks() * BLOCK;
+            for row in scores.chunks_exact_mut(stride.max(1)) {
+                row[prefix.tokens..first].fill(f32::NEG_INFINITY);
+                row[first + context.own.tokens..].fill(f32::NEG_INFINITY);
+                soften(&mut row[..len], shape.scale());
+            }
+        }
+        add_all(prefix, head, scores, stride, 0, sums);
+        for (member, context) in contexts.iter().enumerate() {
+            let rows = member * group..(member + 1) * group;
+            let scores = &scores[rows.start * stride..rows.end * stride];
+            let sums = &mut sums[rows.start * padded..rows.end * padded];
+            add_all(
+                context.own,
+                head,
+                scores,
+                stride,
+                prefix.blocks() * BLOCK,
+                sums,
+            );
+        }
+        for (row, sums) in sums.chunks_exact(padded).enumerate() {
+            write(row, sums);
+        }
+    });
+}
+
+/// The softmax of `scale · row`, in place.
+fn soften(row: &mut [f32], scale: f32) {
+    for score in row.iter_mut() {
+        *score *= scale;
+    }
+    let largest = maximum(row);
+    if largest == f32::NEG_INFINITY && !row.iter().any(|x| x.is_nan()) {
+        row.fill(0.0);
+        return;
+    }
+    exp_shifted(row, largest);
+    let part = 1.0 / sum(row);
+    for weight in row {
+        *weight *= part;
+    }
+}
+
+/// Puts the products of all queries with all keys of a head into `scores` `[queries, stride]` from `first` on.
+fn score_all(
+    cache: &KeyValues,
+    head: usize,
+    queries: &[&[f32]],
+    scores: &mut [f32],
+    stride: usize,
+    first: usize,
+) {
+    for block in 0..cache.blocks() {
+        let (keys, _) = cache.block(block, head);
+        let at = first + block * BLOCK;
+        for (index, queries) in queries.chunks(QUERIES).enumerate() {
+            let scores = &mut scores[index * QUERIES * stride..];
+            match *queries {
+                [a, b, c, d] => score_block([a, b, c, d], keys, scores, stride, at),
+                [a, b, c] => score_block([a, b, c], keys, scores, stride, at),
+                [a, b] => score_block([a, b], keys, scores, stride, at),
+                _ => score_block([queries[0]], keys, scores, stride, at),
+            }
+        }
+    }
+}
+
+fn score_block<const Q: usize>(
+    queries: [&[f32]; Q],
+    keys: &[f32],
+    scores: &mut [f32],
+    stride: usize,
+    at: usize,
+) {
+    let mut sums = [[Lanes::splat(0.0); VECTORS]; Q];
+    let queries = queries.map(|query| &query[..keys.len() / BLOCK]);
+    for (dim, keys) in keys.chunks_exact(BLOCK).enumerate() {
+        let keys: [Lanes; VECTORS] = std::array::from_fn(|v| Lanes::load(&keys[v * LANES..]));
+        for (sums, query) in sums.iter_mut().zip(queries) {
+            let query = Lanes::splat(query[dim]);
+            for (sum, key) in sums.iter_mut().zip(keys) {
+                *sum = query.mul_add(key, *sum);
+            }
+        }
+    }
+    for (row, sums) in sums.iter().enumerate() {
+        for (vector, sum) in sums.iter().enumerate() {
+            sum.store(&mut scores[row * stride + at + vector * LANES..][..LANES]);
+        }
+    }
+}
+
+/// Adds all values of a head, weighted by `weights` `[queries, stride]` from `first` on, to `sums` `[queries, padded]`.
+fn add_all(
+    cache: &KeyValues,
+    head: usize,
+    weights: &[f32],
+    stride: usize,
+    first: usize,
+    sums: &mut [f32],
+) {
+    let padded = cache.padded();
+    let queries = sums.len() / padded;
+    for block in 0..cache.blocks() {
+        let (_, values) = cache.block(block, head);
+        let tokens = BLOCK.min(cache.tokens - block * BLOCK);
+        let values = &values[..tokens * padded];
+        for row in (0..queries).step_by(QUERIES) {
+            let sums = &mut sums[row * padded..];
+            let weights = &weights[row * stride + first + block * BLOCK..];
+            match queries - row {
+                1 => add_block::<1>(values, weights, stride, sums, padded),
+                2 => add_block::<2>(values, weights, stride, sums, padded),
+                3 => add_block::<3>(values, weights, stride, sums, padded),
+                _ => add_block::<4>(values, weights, stride, sums, padded),
+            }
+        }
+    }
+}
+
+fn add_block<const Q: usize>(
+    values: &[f32],
+    weights: &[f32],
+    stride: usize,
+    sums: &mut [f32],
+    padded: usize,
+) {
+    let mut dim = 0;
+    while dim + 2 * LANES <= padded {
+        add_columns::<Q, 2>(values, weights, stride, sums, (padded, dim));
+        dim += 2 * LANES;
+    }
+    if dim < padded {
+        add_columns::<Q, 1>(values, weights, stride, sums, (padded, dim));
+    }
+}
+
+fn add_columns<const Q: usize, const V: usize>(
+    values: &[f32],
+    weights: &[f32],
+    stride: usize,
+    sums: &mut [f32],
+    (padded, dim): (usize, usize),
+) {
+    let tokens = values.len() / padded;
+    let weights: [&[f32]; Q] = std::array::from_fn(|q| &weights[q * stride..][..tokens]);
+    let at = |q: usize, v: usize| q * padded + dim + v * LANES;
+    let mut held: [[Lanes; V]; Q] =
+        std::array::from_fn(|q| std::array::from_fn(|v| Lanes::load(&sums[at(q, v)..])));
+    for (token, value) in values.chunks_exact(padded).enumerate() {
+        let value: [Lanes; V] = std::array::from_fn(|v| Lanes::load(&value[dim + v * LANES..]));
+        for (held, weights) in held.iter_mut().zip(weights) {
+            let weight = Lanes::splat(weights[token]);
+            for (held, value) in held.iter_mut().zip(value) {
+                *held = weight.mul_add(value, *held);
+            }
+        }
+    }
+    for (q, held) in held.iter().enumerate() {
+        for (v, held) in held.iter().enumerate() {
+            held.store(&mut sums[at(q, v)..][..LANES]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cached::{CachedContext, attend_cached};
+    use crate::testing::{assert_close, on_threads, random, widen};
+
+    // Two f32 softmaxes over up to 150 keys, summed in different orders.
+    const TOLERANCE: f64 = 2e-6;
+
+    fn filled(shape: AttentionShape, keys: &[f32], values: &[f32]) -> KeyValues {
+        let mut cache = KeyValues::new(shape);
+        // In two parts, so that a block is filled up.
+        let cut = keys.len() / shape.key_width() / 3 * shape.key_width();
+        cache.extend(&keys[..cut], &values[..cut]);
+        cache.extend(&keys[cut..], &values[cut..]);
+        cache
+    }
+
+    /// Prefixes and own lengths around the block; the sequences with the same prefix are neighbours.
+    const CONTEXTS: [(usize, usize); 9] = [
+        (0, 0),
+        (0, 1),
+        (37, 0),
+        (37, 15),
+        (37, 16),
+        (16, 17),
+        (63, 64),
+        (64, 65),
+        (65, 63),
+    ];
+
+    #[test]
+    fn agrees_with_the_plain_cache_row_by_row() {
+        for (heads, kv_heads, head_dim) in [(1, 1, 5), (3, 1, 8), (9, 3, 64), (16, 2, 20)] {
+            let shape = AttentionShape {
+                heads,
+                kv_heads,
+                head_dim,
+            };
+            let width = shape.key_width();
+            let raw: Vec<_> = CONTEXTS
+                .iter()
+                .enumerate()
+                .map(|(at, &(prefix, own))| {
+                    let seed = at as u64;
+                    let of = |len, part| random(len * width, 4 * seed + part);
+                    (of(prefix, 0), of(prefix, 1), of(own, 2), of(own, 3))
+                })
+                .collect();
+            let caches: Vec<_> = raw
+                .iter()
+                .map(|(pk, pv, k, v)| (filled(shape, pk, pv), filled(shape, k, v)))
+                .collect();
+            let contexts: Vec<_> = caches
+                .iter()
+                .map(|(prefix, own)| StepContext { prefix, own })
+                .collect();
+            let plain: Vec<_> = raw
+                .iter()
+                .map(|(prefix_keys, prefix_values, keys, values)| CachedContext {
+                    prefix_keys,
+                    prefix_values,
+                    keys,
+                    values,
+                })
+                .collect();
+            let q: Vec<f32> = random(contexts.len() * shape.query_width(), 99)
+                .iter()
+                .map(|x| x * 4.0)
+                .collect();
+            let (mut fast, mut slow) = (vec![f32::NAN; q.len()], vec![f32::NAN; q.len()]);
+            attend_step(shape, &q, &contexts, &mut fast);
+            attend_cached(shape, &q, &plain, &mut slow);
+            assert_close("step", &fast, &widen(&slow), TOLERANCE);
+            assert!(fast[..shape.query_width()].iter().all(|&x| x == 0.0));
+        }
+    }
+
+    #[test]
+    fn neither_company_nor_threads_change_a_bit() {
+        let shape = AttentionShape {
+            heads: 6,
+            kv_heads: 2,
+            head_dim: 24,
+        };
+        let width = shape.key_width();
+        let prefixes = [45, 80].map(|len| {
+            filled(
+                shape,
+                &random(len * width, len as u64),
+                &random(len * width, 7),
+            )
+        });
+        let own: Vec<KeyValues> = (1..24)
+            .map(|len| {
+                filled(
+                    shape,
+                    &random(len * width, len as u64),
+                    &random(len * width, 9),
+                )
+            })
+            .collect();
+        // Eleven neighbours share the first prefix, more than a task has.
+        let contexts: Vec<_> = own
+            .iter()
+            .enumerate()
+            .map(|(at, own)| StepContext {
+                prefix: &prefixes[usize::from(at >= 11)],
+                own,
+            })
+            .collect();
+        let q = random(contexts.len() * shape.query_width(), 3);
+        let run = |q: &[f32], contexts: &[StepContext<'_>]| {
+            let mut out = vec![f32::NAN; q.len()];
+            attend_step(shape, q, contexts, &mut out);
+            out
+        };
+        let all = on_threads(1, || run(&q, &contexts));
+        assert_eq!(all, on_threads(2, || run(&q, &contexts)));
+        for (at, context) in contexts.iter().enumerate() {
+            let row = at * shape.query_width()..(at + 1) * shape.query_width();
+            assert_eq!(run(&q[row.clone()], &[*context]), all[row]);
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! A decoder's weights packed for decoding, and adapters that ride on them.
+
+use burn::tensor::Tensor;
+use pivotal_kernels::{PackedWeight, Precision};
+
+use crate::decode::{add, sized};
+use crate::decoder::{Decoder, Layer};
+use crate::parameter::{off_tape, to_host};
+use crate::projection::{LowRank, Projection};
+
+#[derive(Debug)]
+pub(crate) struct PackedDecoder {
+    pub(crate) layers: Vec<PackedLayer>,
+    pub(crate) norm: Vec<f32>,
+    pub(crate) head: PackedWeight,
+}
+
+#[derive(Debug)]
+pub(crate) struct PackedLayer {
+    pub(crate) input_layernorm: Vec<f32>,
+    /// q, k and v in one product.
+    pub(crate) qkv: PackedLinear,
+    pub(crate) o_proj: PackedLinear,
+    pub(crate) post_attention_layernorm: Vec<f32>,
+    pub(crate) gate_up: PackedLinear,
+    pub(crate) down_proj: PackedLinear,
+}
+
+/// Linear layers of one input, their outputs side by side.
+#[derive(Debug)]
+pub(crate) struct PackedLinear {
+    weight: PackedWeight,
+    /// Empty, or an element for every output.
+    bias: Vec<f32>,
+}
+
+/// The adapters of a layer; absent where a group of linear layers has none.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct LayerAdapters {
+    pub(crate) qkv: Option<PackedAdapter>,
+    pub(crate) o_proj: Option<PackedAdapter>,
+    pub(crate) gate_up: Option<PackedAdapter>,
+    pub(crate) down_proj: Option<PackedAdapter>,
+}
+
+/// The low-rank updates of linear layers of one input.
+#[derive(Clone, Debug)]
+pub(crate) struct PackedAdapter {
+    /// All `A`, one below the other: `[ranks, inputs]`.
+    a: PackedWeight,
+    /// All `scale · B` on a diagonal: `[outputs, ranks]`.
+    b: PackedWeight,
+}
+
+impl PackedDecoder {
+    pub(crate) fn new(decoder: &Decoder, precision: Precision, merge: bool) -> Self {
+        let layers = decoder.layers.iter();
+        let head = values(decoder.head());
+        let [vocab, hidden] = decoder.head().dims();
+        Self {
+            layers: layers
+                .map(|layer| PackedLayer::new(layer, precision, merge))
+                .collect(),
+            norm: values(&decoder.norm),
+            head: PackedWeight::new(&head, vocab, hidden, precision),
+        }
+    }
+}
+
+impl PackedLayer {
+    fn new(layer: &Layer, precision: Precision, merge: bool) -> Self {
+        let pack = |projections: &[&Projection]| PackedLinear::new(projections, precision, merge);
+        Self {
+            input_layernorm: values(&layer.input_layernorm),
+            qkv: pack(&[&layer.q_proj, &layer.k_proj, &layer.v_proj]),
+            o_proj: pack(&[&layer.o_proj]),
+            post_attention_layernorm: values(&layer.post_attention_layernorm),
+            gate_up: pack(&[&layer.gate_proj, &layer.up_proj]),
+            down_proj: pack(&[&layer.down_proj]),
+        }
+    }
+}
+
+impl PackedLinear {
+    fn new(projections: &[&Projection], precision: Precision, merge: bool) -> Self {
+        let mut rows = Vec::new();
+        for projection in projections {
+            rows.extend(match merge {
+                true => values(&projection.merged_weight()),
+                false => values(&off_tape(projection.weight.clone())),
+            });
+        }
+        let biases = projections.iter().filter_map(|p| p.bias.as_ref());
+        let inputs = projections[0].shape()[1];
+        Self {
+            weight: PackedWeight::new(&rows, rows.len() / inputs, inputs, precision),
+            bias: biases.flat_map(values).collect(),
+        }
+    }
+
+    /// `low` is scratch.
+    pub(crate) fn forward(
+        &self,
+        adapter: &Option<PackedAdapter>,
+        x: &[f32],
+        rows: usize,
+        low: &mut Vec<f32>,
+        out: &mut [f32],
+    ) {
+        self.weight.forward(x, rows, out);
+        if let Some(PackedAdapter { a, b }) = adapter {
+            let low = sized(low, rows * a.outputs());
+            a.forward(x, rows, low);
+            b.forward_add(low, rows, out);
+        }
+        if !self.bias.is_empty() {
+            out.chunks_exact_mut(self.bias.len())
+                .for_each(|row| add(row, &self.bias));
+        }
+    }
+}
+
+impl LayerAdapters {
+    pub(crate) fn new(layer: &Layer, precision: Precision) -> Self {
+        let pack = |projections: &[&Projection]| PackedAdapter::new(projections, precision);
+        Self {
+            qkv: pack(&[&layer.q_proj, &layer.k_proj, &layer.v_proj]),
+            o_proj: pack(&[&layer.o_proj]),
+            gate_up: pack(&[&layer.gate_proj, &layer.up_proj]),
+            down_proj: pack(&[&layer.down_proj]),
+        }
+    }
+
+    /// Whether a layer has an adapter anywhere.
+    pub(crate) fn adapted(layer: &Layer) -> bool {
+        let projections = [
+            &layer.q_proj,
+            &layer.k_proj,
+            &layer.v_proj,
+            &layer.o_proj,
+            &layer.gate_proj,
+            &layer.up_proj,
+            &layer.down_proj,
+        ];
+        projections.iter().any(|p| p.adapter.is_some())
+    }
+}
+
+impl PackedAdapter {
+    fn new(projections: &[&Projection], precision: Precision) -> Option<Self> {
+        let rank = |p: &Projection| p.adapter.as_ref().map_or(0, |low| low.a.dims()[0]);
+        let ranks: usize = projections.iter().map(|p| rank(p)).sum();
+        if ranks == 0 {
+            return None;
+        }
+        let inputs = projections[0].shape()[1];
+        let (mut below, mut diagonal, mut outputs, mut first) = (Vec::new(), Vec::new(), 0, 0);
+        for projection in projections {
+            let from = outputs;
+            outputs += projection.shape()[0];
+            diagonal.resize(outputs * ranks, 0.0);
+            if let Some(LowRank { a, b, scale }) = &projection.adapter {
+                below.extend(values(a));
+                let rank = rank(projection);
+                for (row, b) in values(b).chunks_exact(rank).enumerate() {
+                    let diagonal = &mut diagonal[(from + row) * ranks + first..][..rank];
+                    diagonal
+                        .iter_mut()
+                        .zip(b)
+                        .for_each(|(to, b)| *to = b * scale);
+                }
+                first += rank;
+            }
+        }
+        Some(Self {
+            a: PackedWeight::new(&below, ranks, inputs, precision),
+            b: PackedWeight::new(&diagonal, outputs, ranks, precision),
+        })
+    }
+}
+
+fn values<const D: usize>(tensor: &Tensor<D>) -> Vec<f32> {
+    to_host(tensor.clone()).into_values()
+}
