@@ -99,7 +99,7 @@ const HEADS: AttentionShape = AttentionShape {
 };
 
 /// Four prompts of 128 tokens with two responses of 64 each.
-fn batch() -> (AttentionPlan, usize) {
+fn trees() -> AttentionPlan {
     let spans: Vec<Span> = (0..4)
         .flat_map(|tree| {
             let prompt = tree * 256;
@@ -111,12 +111,31 @@ fn batch() -> (AttentionPlan, usize) {
             })
         })
         .collect();
-    (AttentionPlan::new(&spans, 1024, HEADS), 1024)
+    AttentionPlan::new(&spans, 1024, HEADS)
 }
 
-#[divan::bench]
-fn attention(bencher: Bencher) {
-    let (plan, tokens) = batch();
+/// A prompt of 64 tokens with two responses of `len`.
+fn pair(len: usize) -> AttentionPlan {
+    let span = |start, len, prefix_len| Span {
+        start,
+        len,
+        prefix_start: 0,
+        prefix_len,
+    };
+    let spans = [span(0, 64, 0), span(64, len, 64), span(64 + len, len, 64)];
+    AttentionPlan::new(&spans, 64 + 2 * len, HEADS)
+}
+
+fn precision(bf16: usize) -> Precision {
+    if bf16 == 1 {
+        Precision::Bf16
+    } else {
+        Precision::F32
+    }
+}
+
+fn attend(bencher: Bencher, plan: &AttentionPlan) {
+    let tokens = plan.tokens();
     let (q, k, v) = (
         values(tokens * 576),
         values(tokens * 192),
@@ -130,12 +149,11 @@ fn attention(bencher: Bencher) {
     };
     bencher
         .counter(ItemsCount::new(tokens))
-        .bench_local(|| attention_forward(&plan, input, &mut out, &mut lse));
+        .bench_local(|| attention_forward(plan, input, &mut out, &mut lse));
 }
 
-#[divan::bench]
-fn attention_gradient(bencher: Bencher) {
-    let (plan, tokens) = batch();
+fn attend_back(bencher: Bencher, plan: &AttentionPlan) {
+    let tokens = plan.tokens();
     let (q, k, v) = (
         values(tokens * 576),
         values(tokens * 192),
@@ -147,7 +165,7 @@ fn attention_gradient(bencher: Bencher) {
         k: &k,
         v: &v,
     };
-    attention_forward(&plan, input, &mut out, &mut lse);
+    attention_forward(plan, input, &mut out, &mut lse);
     let saved = AttentionSaved {
         out: &out,
         lse: &lse,
@@ -159,8 +177,30 @@ fn attention_gradient(bencher: Bencher) {
             k: &mut dk,
             v: &mut dv,
         };
-        attention_backward(&plan, input, saved, &q, gradients);
+        attention_backward(plan, input, saved, &q, gradients);
     });
+}
+
+#[divan::bench(consts = [0, 1])]
+fn attention<const BF16: usize>(bencher: Bencher) {
+    attend(bencher, &trees().with_precision(precision(BF16)));
+}
+
+#[divan::bench(consts = [0, 1])]
+fn attention_gradient<const BF16: usize>(bencher: Bencher) {
+    attend_back(bencher, &trees().with_precision(precision(BF16)));
+}
+
+/// A pair whose responses are that long.
+#[divan::bench(args = [64, 512, 2048, 4096], consts = [0, 1], sample_count = 10)]
+fn attention_long<const BF16: usize>(bencher: Bencher, len: usize) {
+    attend(bencher, &pair(len).with_precision(precision(BF16)));
+}
+
+/// The gradient of the same.
+#[divan::bench(args = [64, 512, 2048, 4096], consts = [0, 1], sample_count = 10)]
+fn attention_long_gradient<const BF16: usize>(bencher: Bencher, len: usize) {
+    attend_back(bencher, &pair(len).with_precision(precision(BF16)));
 }
 
 const HEAD: HeadShape = HeadShape {

@@ -4,7 +4,8 @@
 //! out_i = Σ_j softmax_j(q_i·k_j / √head_dim)·v_j,  j over the prefix and the span's tokens up to i
 //! ```
 //!
-//! A block is about 96 rows (queries times the heads that share a key head), so scratch is 96 times the longest context.
+//! This is the portable path; `attention_avx512` holds the other. Here a block is about 96 rows (queries times the heads that
+//! share a key head), so scratch is 96 times the longest context.
 //! Kept for the backward pass: the output and each row's log-sum-exp; the probabilities are computed again there.
 
 use gemm::Parallelism;
@@ -70,6 +71,11 @@ pub fn attention_forward(
     for gap in &plan.gaps {
         out[gap.start * shape.query_width()..gap.end * shape.query_width()].fill(0.0);
         lse[gap.start * shape.heads..gap.end * shape.heads].fill(f32::NEG_INFINITY);
+    }
+    #[cfg(target_arch = "x86_64")]
+    if plan.vectors {
+        let (out, lse) = (SharedOut::new(out), SharedOut::new(lse));
+        return crate::attention_avx512_forward::forward(plan, input, out, lse);
     }
     let blocks: Vec<Block> = plan
         .families

@@ -62,6 +62,15 @@ pub fn attention_backward(
     gradients.q.fill(0.0);
     gradients.k.fill(0.0);
     gradients.v.fill(0.0);
+    #[cfg(target_arch = "x86_64")]
+    if plan.vectors {
+        let targets = crate::attention_avx512_backward::Targets {
+            q: SharedOut::new(gradients.q),
+            k: SharedOut::new(gradients.k),
+            v: SharedOut::new(gradients.v),
+        };
+        return crate::attention_avx512_backward::backward(plan, input, saved, dout, targets);
+    }
     let pass = Backward {
         plan,
         input,
@@ -201,12 +210,48 @@ fn add_transposed(
 mod tests {
     use super::*;
     use crate::attention::attention_forward;
+    use crate::matmul::Precision;
     use crate::plan::{AttentionShape, Span};
-    use crate::testing::{assert_close, on_threads, random, widen};
+    use crate::testing::{assert_close, on_threads, portable, random, widen};
 
-    // f32 softmax over up to 200 keys.
-    const VALUE_TOLERANCE: f64 = 2e-6;
-    const GRADIENT_TOLERANCE: f64 = 1e-5;
+    /// How to compute, and how far value, log-sum-exp and gradient may be off (of the largest element, at least 1).
+    struct Path {
+        name: &'static str,
+        precision: Precision,
+        portable: bool,
+        value: f64,
+        lse: f64,
+        gradient: f64,
+    }
+
+    // f32: softmax over up to 200 keys. bf16: an operand is off by up to 2^-9 of itself, so a score of 10 by 0.02 and its
+    // weight by 2 %; gradients are sums of such terms.
+    const PATHS: [Path; 3] = [
+        Path {
+            name: "f32",
+            precision: Precision::F32,
+            portable: false,
+            value: 2e-6,
+            lse: 1e-5,
+            gradient: 1e-5,
+        },
+        Path {
+            name: "portable f32",
+            precision: Precision::Bf16,
+            portable: true,
+            value: 2e-6,
+            lse: 1e-5,
+            gradient: 1e-5,
+        },
+        Path {
+            name: "bf16",
+            precision: Precision::Bf16,
+            portable: false,
+            value: 0.015,
+            lse: 0.03,
+            gradient: 0.03,
+        },
+    ];
 
     struct Naive {
         out: Vec<f64>,
@@ -286,9 +331,16 @@ mod tests {
         [q, random(keys, 2), random(keys, 3), random(queries, 4)]
     }
 
-    fn run(spans: &[Span], tokens: usize, shape: AttentionShape) -> Case {
+    impl Path {
+        fn plan(&self, spans: &[Span], tokens: usize, shape: AttentionShape) -> AttentionPlan {
+            let new = || AttentionPlan::new(spans, tokens, shape).with_precision(self.precision);
+            if self.portable { portable(new) } else { new() }
+        }
+    }
+
+    fn run(path: &Path, spans: &[Span], tokens: usize, shape: AttentionShape) -> Case {
         let [q, k, v, dout] = inputs(tokens, shape);
-        let plan = AttentionPlan::new(spans, tokens, shape);
+        let plan = path.plan(spans, tokens, shape);
         let input = AttentionInput {
             q: &q,
             k: &k,
@@ -316,7 +368,6 @@ mod tests {
     }
 
     fn compare(spans: &[Span], tokens: usize, shape: AttentionShape) {
-        let got = run(spans, tokens, shape);
         let wide = inputs(tokens, shape).map(|x| widen(&x));
         let expected = naive(
             spans,
@@ -324,38 +375,25 @@ mod tests {
             shape,
             [&wide[0], &wide[1], &wide[2], &wide[3]],
         );
-        for (got, expected) in got.lse.iter().zip(&expected.lse) {
-            let same = f64::from(*got) == *expected;
-            assert!(
-                same || (f64::from(*got) - expected).abs() < 1e-5,
-                "lse {got} {expected}"
-            );
+        for path in &PATHS {
+            let got = run(path, spans, tokens, shape);
+            let what = format!("{} {shape:?} {spans:?}", path.name);
+            for (got, expected) in got.lse.iter().zip(&expected.lse) {
+                let same = f64::from(*got) == *expected;
+                assert!(
+                    same || (f64::from(*got) - expected).abs() < path.lse,
+                    "lse {got} {expected} of {what}"
+                );
+            }
+            for (name, got, expected, tolerance) in [
+                ("out", &got.out, &expected.out, path.value),
+                ("dq", &got.dq, &expected.dq, path.gradient),
+                ("dk", &got.dk, &expected.dk, path.gradient),
+                ("dv", &got.dv, &expected.dv, path.gradient),
+            ] {
+                assert_close(&format!("{name} of {what}"), got, expected, tolerance);
+            }
         }
-        let what = format!("{shape:?} {spans:?}");
-        assert_close(
-            &format!("out of {what}"),
-            &got.out,
-            &expected.out,
-            VALUE_TOLERANCE,
-        );
-        assert_close(
-            &format!("dq of {what}"),
-            &got.dq,
-            &expected.dq,
-            GRADIENT_TOLERANCE,
-        );
-        assert_close(
-            &format!("dk of {what}"),
-            &got.dk,
-            &expected.dk,
-            GRADIENT_TOLERANCE,
-        );
-        assert_close(
-            &format!("dv of {what}"),
-            &got.dv,
-            &expected.dv,
-            GRADIENT_TOLERANCE,
-        );
     }
 
     fn span(start: usize, len: usize, prefix_start: usize, prefix_len: usize) -> Span {
@@ -367,14 +405,20 @@ mod tests {
         }
     }
 
-    fn shapes() -> [AttentionShape; 5] {
-        [(1, 1, 3), (1, 1, 64), (2, 2, 8), (6, 2, 16), (16, 2, 4)].map(
-            |(heads, kv_heads, head_dim)| AttentionShape {
-                heads,
-                kv_heads,
-                head_dim,
-            },
-        )
+    fn shapes() -> [AttentionShape; 6] {
+        [
+            (1, 1, 3),
+            (1, 1, 64),
+            (2, 2, 8),
+            (6, 2, 16),
+            (16, 2, 4),
+            (3, 1, 80),
+        ]
+        .map(|(heads, kv_heads, head_dim)| AttentionShape {
+            heads,
+            kv_heads,
+            head_dim,
+        })
     }
 
     #[test]
@@ -418,14 +462,14 @@ mod tests {
             x.copy_within(0..10 * width, 20 * width);
         }
         dout[20 * 32..].fill(0.0);
-        let outcome = |second_prefix: usize| {
+        let outcome = |path: &Path, second_prefix: usize| {
             let spans = [
                 span(0, 10, 0, 0),
                 span(10, 5, 0, 10),
                 span(15, 5, second_prefix, 10),
                 span(20, 10, 0, 0),
             ];
-            let plan = AttentionPlan::new(&spans, 30, shape);
+            let plan = path.plan(&spans, 30, shape);
             let input = AttentionInput {
                 q: &q,
                 k: &k,
@@ -447,12 +491,59 @@ mod tests {
             attention_backward(&plan, input, saved, &dout, gradients);
             (out, dk)
         };
-        let ((shared, shared_dk), (apart, apart_dk)) = (outcome(0), outcome(20));
-        assert_eq!(shared, apart);
-        let summed: Vec<f64> = (0..160)
-            .map(|i| f64::from(apart_dk[i] + apart_dk[320 + i]))
-            .collect();
-        assert_close("dk of the prompt", &shared_dk[..160], &summed, 1e-6);
+        for path in &PATHS {
+            let ((shared, shared_dk), (apart, apart_dk)) = (outcome(path, 0), outcome(path, 20));
+            assert_eq!(shared, apart, "{}", path.name);
+            let summed: Vec<f64> = (0..160)
+                .map(|i| f64::from(apart_dk[i] + apart_dk[320 + i]))
+                .collect();
+            assert_close("dk of the prompt", &shared_dk[..160], &summed, 1e-6);
+        }
+    }
+
+    #[test]
+    fn a_place_in_the_batch_changes_no_bit() {
+        let shape = shapes()[3];
+        let [q, k, v, dout] = inputs(97, shape);
+        for path in &PATHS {
+            // A prompt of 31 and a response of 66; then the same one token further on, behind another sequence.
+            let outcome = |shift: usize| {
+                let moved =
+                    |x: &[f32], width: usize| [random(shift * width, 9), x.to_vec()].concat();
+                let (q, dout) = (moved(&q, 96), moved(&dout, 96));
+                let (k, v) = (moved(&k, 32), moved(&v, 32));
+                let spans = [
+                    span(0, shift, 0, 0),
+                    span(shift, 31, 0, 0),
+                    span(shift + 31, 66, shift, 31),
+                ];
+                let plan = path.plan(&spans, 97 + shift, shape);
+                let input = AttentionInput {
+                    q: &q,
+                    k: &k,
+                    v: &v,
+                };
+                let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; (97 + shift) * 6]);
+                attention_forward(&plan, input, &mut out, &mut lse);
+                let (mut dq, mut dk, mut dv) = (q.clone(), k.clone(), v.clone());
+                let gradients = AttentionGradients {
+                    q: &mut dq,
+                    k: &mut dk,
+                    v: &mut dv,
+                };
+                let saved = AttentionSaved {
+                    out: &out,
+                    lse: &lse,
+                };
+                attention_backward(&plan, input, saved, &dout, gradients);
+                [out, dq]
+                    .map(|x| x[shift * 96..].to_vec())
+                    .into_iter()
+                    .chain([dk, dv].map(|x| x[shift * 32..].to_vec()))
+                    .collect::<Vec<_>>()
+            };
+            assert_eq!(outcome(0), outcome(1), "{}", path.name);
+        }
     }
 
     #[test]
@@ -468,12 +559,38 @@ mod tests {
             span(150, 50, 0, 90),
             span(200, 70, 0, 0),
         ];
-        let flat = || {
-            let case = run(&spans, 270, shape);
-            [case.out, case.lse, case.dq, case.dk, case.dv]
+        for path in &PATHS {
+            let flat = || {
+                let case = run(path, &spans, 270, shape);
+                [case.out, case.lse, case.dq, case.dk, case.dv]
+            };
+            let one = on_threads(1, flat);
+            assert_eq!(one, on_threads(2, flat), "{}", path.name);
+            assert_eq!(one, on_threads(3, flat), "{}", path.name);
+        }
+    }
+
+    #[test]
+    fn a_family_with_much_work_is_cut_the_same_on_any_threads() {
+        let shape = AttentionShape {
+            heads: 3,
+            kv_heads: 1,
+            head_dim: 64,
         };
-        let one = on_threads(1, flat);
-        assert_eq!(one, on_threads(2, flat));
-        assert_eq!(one, on_threads(3, flat));
+        // 3 heads, 64 elements and 700 + 900·(700 + 450) pairs: several runs of blocks on the vector path.
+        let spans = [span(0, 700, 0, 0), span(700, 900, 0, 700)];
+        for path in &PATHS {
+            let flat = || {
+                let case = run(path, &spans, 1600, shape);
+                [case.dq, case.dk, case.dv]
+            };
+            let one = on_threads(1, flat);
+            assert_eq!(one, on_threads(2, flat), "{}", path.name);
+            assert_eq!(one, on_threads(3, flat), "{}", path.name);
+            let exact = run(&PATHS[1], &spans, 1600, shape);
+            for (got, exact) in one.iter().zip([&exact.dq, &exact.dk, &exact.dv]) {
+                assert_close(path.name, got, &widen(exact), 2.0 * path.gradient);
+            }
+        }
     }
 }

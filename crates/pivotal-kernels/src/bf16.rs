@@ -42,6 +42,10 @@ pub(crate) fn available() -> bool {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512bf16")
     });
+    #[cfg(test)]
+    if crate::testing::portable_forced() {
+        return false;
+    }
     *AVAILABLE
 }
 
@@ -217,7 +221,7 @@ unsafe fn pack_across_k<const W: usize>(source: Source<'_>, first: usize, target
 
 /// Transposes 16 rows of 16 words.
 #[target_feature(enable = "avx512f")]
-fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
+pub(crate) fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
     let mut quads = rows;
     for four in 0..4 {
         let at = 4 * four;

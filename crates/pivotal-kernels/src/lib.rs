@@ -14,6 +14,14 @@
 
 pub mod account;
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod attention_avx512;
+#[cfg(target_arch = "x86_64")]
+mod attention_avx512_backward;
+#[cfg(target_arch = "x86_64")]
+mod attention_avx512_forward;
+#[cfg(target_arch = "x86_64")]
+mod attention_avx512_lanes;
 mod attention_backward;
 #[cfg(target_arch = "x86_64")]
 mod bf16;

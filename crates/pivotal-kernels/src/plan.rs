@@ -1,6 +1,9 @@
 //! Which token attends to which: spans of a tree-packed batch, checked once and cut into blocks for all layers.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
+
+use crate::matmul::Precision;
 
 /// Consecutive tokens of a tree-packed batch: a prompt, or a response to one.
 ///
@@ -98,10 +101,44 @@ impl Block {
     }
 }
 
+/// Tokens whose keys or values are packed by twos (bf16 products sum pairs), the first of them at an even place: so a
+/// span's result does not depend on where in the batch it lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Piece {
+    pub(crate) start: usize,
+    pub(crate) len: usize,
+    /// Index of its first pair among all pairs.
+    pub(crate) pair: usize,
+}
+
+/// Some consecutive rows (query times group, then head in the group) of a span: the lanes of one task of the vector path.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LaneBlock {
+    pub(crate) span: Span,
+    /// First pair of the prefix and of the span's own tokens.
+    pub(crate) prefix_pair: usize,
+    pub(crate) own_pair: usize,
+    /// Index of the first row in the span.
+    pub(crate) first: usize,
+    pub(crate) rows: usize,
+}
+
+impl LaneBlock {
+    /// Own keys of the span that the last row sees.
+    pub(crate) fn own_keys(&self, group: usize) -> usize {
+        (self.first + self.rows - 1) / group + 1
+    }
+
+    pub(crate) fn keys(&self, group: usize) -> usize {
+        self.span.prefix_len + self.own_keys(group)
+    }
+}
+
 /// Spans that share keys: their key gradients are summed by one task, in order.
 #[derive(Clone, Debug)]
 pub(crate) struct Family {
     pub(crate) blocks: Vec<Block>,
+    pub(crate) lane_blocks: Vec<LaneBlock>,
     /// The tokens of the family, ascending and disjoint.
     pub(crate) tokens: Vec<Range<usize>>,
 }
@@ -121,7 +158,11 @@ impl Family {
 pub struct AttentionPlan {
     shape: AttentionShape,
     tokens: usize,
+    precision: Precision,
+    /// Whether the processor has what the vector path needs.
+    pub(crate) vectors: bool,
     pub(crate) families: Vec<Family>,
+    pub(crate) pieces: Vec<Piece>,
     /// Tokens in no span: they attend to nothing.
     pub(crate) gaps: Vec<Range<usize>>,
     /// Multiply-adds of one product over all blocks and heads.
@@ -130,6 +171,8 @@ pub struct AttentionPlan {
 
 /// Rows (queries times grouped heads) of a block: enough that packing its keys is a small part of multiplying by them.
 const BLOCK_ROWS: usize = 96;
+/// Rows of a [`LaneBlock`]: three vectors of 16.
+pub(crate) const BLOCK_LANES: usize = 48;
 
 impl AttentionPlan {
     /// Plans attention over `spans` in a batch of `tokens` tokens. Empty spans are allowed, tokens in no span too.
@@ -156,7 +199,8 @@ impl AttentionPlan {
         gaps.retain(|gap| !gap.is_empty());
 
         let rows = (BLOCK_ROWS / shape.group().max(1)).clamp(8, 64);
-        let families = families(&spans, rows);
+        let (pieces, pairs) = pieces(&spans);
+        let families = families(&spans, &pairs, rows, shape.group());
         let work = families
             .iter()
             .flat_map(|family| &family.blocks)
@@ -165,9 +209,32 @@ impl AttentionPlan {
         Self {
             shape,
             tokens,
+            precision: Precision::F32,
+            vectors: crate::matmul::bf16_available(),
             families,
+            pieces,
             gaps,
             work,
+        }
+    }
+
+    /// The same plan with the operands of its products rounded to `precision`: [`Precision::F32`] unless said otherwise.
+    ///
+    /// Softmax, log-sum-exps and all sums stay f32. With [`Precision::Bf16`] queries, keys, values, output gradients,
+    /// probabilities and their gradients are rounded where they enter a product; processors without bf16 products stay at f32.
+    #[must_use]
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        self.precision = precision;
+        self
+    }
+
+    /// What the operands are rounded to: never bf16 where the processor cannot multiply that.
+    #[must_use]
+    pub fn precision(&self) -> Precision {
+        if self.vectors {
+            self.precision
+        } else {
+            Precision::F32
         }
     }
 
@@ -177,6 +244,13 @@ impl AttentionPlan {
         self.shape
     }
 
+    /// Pairs of all pieces.
+    pub(crate) fn pairs(&self) -> usize {
+        self.pieces
+            .last()
+            .map_or(0, |piece| piece.pair + piece.len.div_ceil(2))
+    }
+
     /// Tokens of the batch.
     #[must_use]
     pub fn tokens(&self) -> usize {
@@ -184,8 +258,34 @@ impl AttentionPlan {
     }
 }
 
+/// The pieces of all spans and prefixes, and each span's first pairs: of its prefix, and of its own tokens.
+fn pieces(spans: &[Span]) -> (Vec<Piece>, Vec<(usize, usize)>) {
+    let mut pieces: Vec<Piece> = Vec::new();
+    let mut pairs = 0;
+    let mut add = |start: usize, len: usize| {
+        let pair = pairs;
+        pieces.push(Piece { start, len, pair });
+        pairs += len.div_ceil(2);
+        pair
+    };
+    let own: Vec<usize> = spans.iter().map(|span| add(span.start, span.len)).collect();
+    let mut others: BTreeMap<(usize, usize), usize> = BTreeMap::new();
+    let prefix = spans.iter().map(|span| {
+        let (start, len) = (span.prefix_start, span.prefix_len);
+        match spans.binary_search_by_key(&start, |span| span.start) {
+            _ if len == 0 => 0,
+            Ok(at) if spans[at].len >= len => own[at],
+            _ => *others
+                .entry((start, len))
+                .or_insert_with(|| add(start, len)),
+        }
+    });
+    let places = prefix.zip(own.iter().copied()).collect();
+    (pieces, places)
+}
+
 /// Sorts spans into families whose own tokens and prefixes overlap no other family's.
-fn families(spans: &[Span], rows: usize) -> Vec<Family> {
+fn families(spans: &[Span], pairs: &[(usize, usize)], rows: usize, group: usize) -> Vec<Family> {
     let mut ranges: Vec<(Range<usize>, usize)> = Vec::new();
     for (index, span) in spans.iter().enumerate() {
         ranges.push((span.own(), index));
@@ -221,6 +321,7 @@ fn families(spans: &[Span], rows: usize) -> Vec<Family> {
         let at = *place[root].get_or_insert_with(|| {
             families.push(Family {
                 blocks: Vec::new(),
+                lane_blocks: Vec::new(),
                 tokens: Vec::new(),
             });
             families.len() - 1
@@ -231,6 +332,16 @@ fn families(spans: &[Span], rows: usize) -> Vec<Family> {
                 span,
                 first,
                 rows: rows.min(span.len - first),
+            }));
+        let ((prefix_pair, own_pair), lanes) = (pairs[index], span.len * group);
+        families[at]
+            .lane_blocks
+            .extend((0..lanes).step_by(BLOCK_LANES).map(|first| LaneBlock {
+                span,
+                prefix_pair,
+                own_pair,
+                first,
+                rows: BLOCK_LANES.min(lanes - first),
             }));
     }
     for (run, member) in runs {
@@ -289,6 +400,29 @@ mod tests {
             .collect();
         assert_eq!(sizes, [(0, 32), (32, 32), (64, 6)]);
         assert!(plan.gaps.is_empty());
+    }
+
+    #[test]
+    fn pieces_start_at_even_places_and_prefixes_share_them() {
+        let spans = [
+            span(0, 5, 0, 0),
+            span(5, 3, 0, 5),
+            span(8, 2, 0, 3),
+            span(10, 2, 1, 4),
+            span(12, 1, 1, 4),
+        ];
+        let plan = AttentionPlan::new(&spans, 13, SHAPE);
+        let pieces: Vec<_> = plan
+            .pieces
+            .iter()
+            .map(|p| (p.start, p.len, p.pair))
+            .collect();
+        let own = [(0, 5, 0), (5, 3, 3), (8, 2, 5), (10, 2, 6), (12, 1, 7)];
+        assert_eq!(pieces, [&own[..], &[(1, 4, 8)]].concat());
+        assert_eq!(plan.pairs(), 10);
+        let blocks = &plan.families[0].lane_blocks;
+        let pairs: Vec<_> = blocks.iter().map(|b| (b.prefix_pair, b.own_pair)).collect();
+        assert_eq!(pairs, [(0, 0), (0, 3), (0, 5), (8, 6), (8, 7)]);
     }
 
     #[test]

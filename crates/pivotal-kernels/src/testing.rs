@@ -1,6 +1,26 @@
 //! What the tests of several kernels share: seeded numbers, a naive product, comparison, thread pools.
 
+use std::cell::Cell;
+
 use crate::matmul::{ProductShape, Store};
+
+thread_local! {
+    static PORTABLE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this thread is inside [`portable`].
+pub(crate) fn portable_forced() -> bool {
+    PORTABLE.get()
+}
+
+/// Runs `body` as on a processor without AVX-512 BF16. Kernels choose their path where they are called, or plans where they
+/// are made, so it is enough that this happens on the calling thread.
+pub(crate) fn portable<T>(body: impl FnOnce() -> T) -> T {
+    let before = PORTABLE.replace(true);
+    let result = body();
+    PORTABLE.set(before);
+    result
+}
 
 /// `len` floats in -1..1 from a small linear congruential generator.
 pub(crate) fn random(len: usize, seed: u64) -> Vec<f32> {
