@@ -3,14 +3,18 @@
 use std::borrow::Cow;
 
 use pivotal_core::{SegmentRecord, Sign, TokenMask, random_stream};
+use rand::Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::select::{shuffle, shuffle_within_positions};
 use crate::{
-    BaselineState, CreditRule, Cut, Cutter, Error, FixedCutter, JumpCutter, Neutral, OffsetCutter,
-    PunctuationCutter, ResolvedBaseline, Response, ResponseCredit, Result, SchmittTrigger, Segment,
-    Selection, Weighting, advance, agree, check_finite, merge_short, random_subset, soft_weight,
+    BaselineState, CreditRule, Cut, Cutter, EntropyCutter, FixedCutter, ImprobableCutter,
+    JumpCutter, OffsetCutter, PunctuationCutter, ResolvedBaseline, Response, ResponseCredit,
+    Result, SchmittTrigger, Segment, SequenceSign, TokenColumn, Weighting, advance, agree,
+    merge_short, soft_weight,
 };
+
+mod check;
+mod select;
 
 /// Gives credit batch by batch under one rule.
 ///
@@ -62,6 +66,7 @@ struct Scored {
     segments: Vec<SegmentRecord>,
     keep: Vec<bool>,
     weights: Option<Vec<f32>>,
+    token_signs: Option<Vec<Sign>>,
 }
 
 impl Credit {
@@ -113,6 +118,7 @@ impl Credit {
             .zip(&owns)
             .map(|(response, own)| (response.id, &own.signal[..]))
             .collect();
+        self.calibrate(batch, &owns)?;
         let baselines = self.state.baseline.resolve(&signals);
         let widths = self.widths(&owns);
 
@@ -133,54 +139,25 @@ impl Credit {
             .collect())
     }
 
-    fn check(&self, response: &Response<'_>) -> Result<()> {
-        let (id, tokens) = (response.id, response.signal.len());
-        check_finite(self.rule.signal, id, response.signal)?;
-        let lengths = [
-            ("texts", response.texts.map(<[_]>::len)),
-            ("truth", response.truth.map(<[_]>::len)),
-            ("response_mask", response.response_mask.map(<[_]>::len)),
-        ];
-        for (column, found) in lengths {
-            if let Some(found) = found.filter(|&found| found != tokens) {
-                return Err(Error::Length {
-                    column,
-                    id,
-                    expected: tokens,
-                    found,
-                });
-            }
-        }
-        let missing = |column, needed_by| Error::Missing {
-            column,
-            id,
-            needed_by,
+    /// Finds a calibrated baseline's threshold, once, on a part of this batch's prompts: the same for the same seed and ids.
+    fn calibrate(&mut self, batch: &[Response<'_>], owns: &[Own]) -> Result<()> {
+        let Some(fraction) = self.state.baseline.calibration_fraction() else {
+            return Ok(());
         };
-        match self.rule.cut {
-            Cut::Punctuation(_) if response.texts.is_none() => {
-                return Err(missing("texts", "cut = punctuation"));
+        let (mut positive, mut negative) = (Vec::new(), Vec::new());
+        for (response, own) in batch.iter().zip(owns) {
+            let name = format!("credit/calibration/{}", response.id);
+            let draw = random_stream(self.seed, &name).next_u64() >> 11;
+            if draw as f64 / (1_u64 << 53) as f64 >= fraction {
+                continue;
             }
-            Cut::External => {
-                let cuts = response
-                    .cuts
-                    .ok_or_else(|| missing("cuts", "cut = external"))?;
-                let fault = (0..cuts.len())
-                    .find(|&i| cuts[i] >= tokens || (i > 0 && cuts[i] <= cuts[i - 1]));
-                if let Some(index) = fault {
-                    return Err(Error::Offset {
-                        id,
-                        index,
-                        found: cuts[index],
-                        tokens,
-                    });
-                }
+            match response.sequence_sign {
+                Sign::Positive => positive.extend_from_slice(&own.signal),
+                Sign::Negative => negative.extend_from_slice(&own.signal),
+                Sign::Neutral => {}
             }
-            _ => {}
         }
-        if self.rule.needs_truth() && response.truth.is_none() {
-            return Err(missing("truth", "selection = truth"));
-        }
-        Ok(())
+        self.state.baseline.calibrate(&positive, &negative)
     }
 
     fn own(&self, response: &Response<'_>) -> Own {
@@ -235,6 +212,9 @@ impl Credit {
             (Cut::External, Some(cuts)) => own.offsets(cuts),
             _ => Vec::new(),
         };
+        let column = |column: TokenColumn| own.column(response.columns.get(column));
+        let entropies = column(TokenColumn::ReferenceEntropies);
+        let old_token_logps = column(TokenColumn::OldTokenLogps);
         let cutter = match &self.rule.cut {
             Cut::Sequence => Cutter::sequence(),
             Cut::Token => Cutter::Token,
@@ -243,6 +223,11 @@ impl Credit {
             Cut::Jump(_) => Cutter::Jump(JumpCutter::new(jump)),
             Cut::Schmitt(between) => {
                 Cutter::schmitt(SchmittTrigger::new(baseline, offset, *between))
+            }
+            Cut::Entropy(nats) => Cutter::Entropy(EntropyCutter::new(&entropies, *nats)),
+            Cut::Improbable { probability, every } => {
+                let cutter = ImprobableCutter::new(&old_token_logps, *probability, *every);
+                Cutter::Improbable(cutter)
             }
             Cut::External => Cutter::External(OffsetCutter::new(&cuts)),
         };
@@ -260,7 +245,13 @@ impl Credit {
         let soft = self.rule.weighting == Weighting::Soft;
         let mut keep = vec![false; signal.len()];
         let mut weights = soft.then(|| vec![0.0; signal.len()]);
-        let sequence = response.sequence_sign;
+        let token_signs: Option<Vec<Sign>> = match self.rule.sequence_sign {
+            SequenceSign::Response => None,
+            SequenceSign::Advantage => {
+                let advantages = column(TokenColumn::Advantages);
+                Some(advantages.iter().map(|&a| Sign::of(a, 0.0, 0.0)).collect())
+            }
+        };
         let record = |(index, segment): (usize, &Segment)| {
             let tokens = segment.start..segment.end;
             let score = self.rule.score.of(&signal[tokens.clone()]);
@@ -268,13 +259,27 @@ impl Credit {
                 true => signs[index],
                 false => Sign::of(score, baseline, offset),
             };
-            match &mut weights {
-                Some(weights) => {
-                    let weight = soft_weight(score, baseline, offset, sequence);
-                    weights[tokens.clone()].fill(weight);
-                    keep[tokens].fill(weight > 0.0);
+            let count = |sequence: Sign| match soft {
+                true => soft_weight(score, baseline, offset, sequence),
+                false => f32::from(u8::from(agree(sign, sequence, self.rule.neutral))),
+            };
+            match &token_signs {
+                None => {
+                    let weight = count(response.sequence_sign);
+                    keep[tokens.clone()].fill(weight > 0.0);
+                    if let Some(weights) = &mut weights {
+                        weights[tokens].fill(weight);
+                    }
                 }
-                None => keep[tokens].fill(agree(sign, sequence, self.rule.neutral)),
+                Some(signs) => {
+                    for token in tokens {
+                        let weight = count(signs[token]);
+                        keep[token] = weight > 0.0;
+                        if let Some(weights) = &mut weights {
+                            weights[token] = weight;
+                        }
+                    }
+                }
             }
             SegmentRecord {
                 start: segment.start,
@@ -288,62 +293,7 @@ impl Credit {
             segments,
             keep,
             weights,
-        }
-    }
-
-    fn select(&self, batch: &[Response<'_>], owns: &[Own], scored: &mut [Scored]) {
-        match self.rule.selection {
-            Selection::Agree => {}
-            Selection::All => scored.iter_mut().for_each(|one| one.keep.fill(true)),
-            Selection::Disagree => {
-                scored
-                    .iter_mut()
-                    .flat_map(|one| &mut one.keep)
-                    .for_each(|keep| *keep = !*keep);
-            }
-            Selection::Random => {
-                for (response, one) in batch.iter().zip(scored) {
-                    // By response, not by batch: the same response draws the same mask in every epoch, as `agree` would.
-                    let name = format!("credit/random/{}/{}", response.id, response.sample);
-                    let mut random = random_stream(self.seed, &name);
-                    match self.rule.random_fraction {
-                        Some(fraction) => {
-                            one.keep = random_subset(one.keep.len(), fraction, &mut random);
-                        }
-                        None => shuffle(&mut one.keep, &mut random),
-                    }
-                }
-            }
-            Selection::RandomPosition => {
-                let name = format!("credit/random_position/{}", self.state.batches);
-                let signs: Vec<Sign> = batch
-                    .iter()
-                    .map(|response| response.sequence_sign)
-                    .collect();
-                let mut keep: Vec<Vec<bool>> = scored
-                    .iter_mut()
-                    .map(|one| std::mem::take(&mut one.keep))
-                    .collect();
-                shuffle_within_positions(&mut keep, &signs, &mut random_stream(self.seed, &name));
-                scored
-                    .iter_mut()
-                    .zip(keep)
-                    .for_each(|(one, keep)| one.keep = keep);
-            }
-            Selection::Truth => {
-                for ((response, own), one) in batch.iter().zip(owns).zip(scored) {
-                    let Some(truth) = response.truth else {
-                        continue;
-                    };
-                    for (index, keep) in one.keep.iter_mut().enumerate() {
-                        let sign = match truth[own.index(index)] {
-                            true => Sign::Positive,
-                            false => Sign::Negative,
-                        };
-                        *keep = agree(sign, response.sequence_sign, Neutral::Drop);
-                    }
-                }
-            }
+            token_signs,
         }
     }
 
@@ -361,7 +311,17 @@ impl Credit {
             mut segments,
             keep,
             weights,
+            token_signs,
         } = scored;
+        let token_signs = token_signs.map(|signs| match &own.indices {
+            None => signs,
+            Some(indices) => {
+                let mut whole = vec![Sign::Neutral; tokens];
+                let places = indices.iter().zip(signs);
+                places.for_each(|(&index, sign)| whole[index] = sign);
+                whole
+            }
+        });
         let (signal, baseline, keep, weights) = match &own.indices {
             None => {
                 let baseline = match baseline {
@@ -404,6 +364,7 @@ impl Credit {
             jump: matches!(self.rule.cut, Cut::Jump(_)).then_some(jump),
             segments,
             sequence_sign: response.sequence_sign,
+            token_signs,
             keep: TokenMask::from(keep),
             weights,
             response_mask: own
@@ -420,6 +381,17 @@ impl Own {
         self.indices
             .as_ref()
             .map_or(index, |indices| indices[index])
+    }
+
+    /// A column of the response in the own tokens; empty where it is not known.
+    fn column<'c>(&self, column: Option<&'c [f32]>) -> Cow<'c, [f32]> {
+        let column = column.unwrap_or_default();
+        match &self.indices {
+            Some(indices) if !column.is_empty() => {
+                Cow::Owned(indices.iter().map(|&index| column[index]).collect())
+            }
+            _ => Cow::Borrowed(column),
+        }
     }
 
     /// Offsets in the response as offsets in the own tokens.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::named::named_enum;
 use crate::select::relative_bin;
-use crate::{Error, Result};
+use crate::{Error, Result, calibrate};
 
 /// A baseline rule with its parameters. Statistics are over tokens, the current batch included.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -40,6 +40,12 @@ pub enum Baseline {
         /// 0: this batch only; 1: all alike.
         decay: f64,
     },
+    /// The threshold that best separates the tokens of positive responses from those of negative ones, on a part of the
+    /// first batch's prompts; it then stays.
+    Calibrated {
+        /// The part of the prompts, above 0 and up to 1.
+        fraction: f64,
+    },
 }
 
 named_enum! {
@@ -62,6 +68,7 @@ impl Baseline {
             Self::RunningMean { .. } => "running_mean",
             Self::Quantile { .. } => "quantile",
             Self::PositionMean { .. } => "position_mean",
+            Self::Calibrated { .. } => "calibrated",
         }
     }
 }
@@ -122,6 +129,9 @@ pub struct BaselineState {
     running: FadingMean,
     window: VecDeque<f32>,
     positions: Vec<FadingMean>,
+    /// The threshold found, by `Calibrated`.
+    #[serde(default)]
+    threshold: Option<f32>,
 }
 
 impl BaselineState {
@@ -132,6 +142,7 @@ impl BaselineState {
             running: FadingMean::default(),
             window: VecDeque::new(),
             positions: Vec::new(),
+            threshold: None,
         }
     }
 
@@ -150,13 +161,35 @@ impl BaselineState {
         }
     }
 
+    /// Whether the rule is `Calibrated` and its threshold is still to be found.
+    pub(crate) fn calibration_fraction(&self) -> Option<f64> {
+        match (self.rule, self.threshold) {
+            (Baseline::Calibrated { fraction }, None) => Some(fraction),
+            _ => None,
+        }
+    }
+
+    /// Finds the threshold of `Calibrated` between the tokens of positive and of negative responses.
+    ///
+    /// # Errors
+    /// [`Error::Calibration`] if one side has no token; nothing was learnt then.
+    pub fn calibrate(&mut self, positive: &[f32], negative: &[f32]) -> Result<()> {
+        let found = calibrate(positive, negative).ok_or(Error::Calibration {
+            positive: positive.len(),
+            negative: negative.len(),
+        })?;
+        self.threshold = Some(found.threshold);
+        Ok(())
+    }
+
     /// Takes one batch in, `(prompt id, signal)` of each response, and returns each response's baseline. Before any token
-    /// was seen, a mean or quantile is 0.
+    /// was seen, a mean or quantile is 0, and so is a threshold before [`calibrate`](Self::calibrate).
     pub fn resolve(&mut self, batch: &[(u64, &[f32])]) -> Vec<ResolvedBaseline> {
         let tokens = || batch.iter().flat_map(|(_, signal)| signal.iter().copied());
         let constant = |value| vec![ResolvedBaseline::Constant(value); batch.len()];
         match self.rule {
             Baseline::Fixed(value) => constant(value),
+            Baseline::Calibrated { .. } => constant(self.threshold.unwrap_or(0.0)),
             Baseline::BatchMean => constant(mean_of(tokens())),
             Baseline::PromptMean => {
                 let mut prompts: HashMap<u64, Moments> = HashMap::new();

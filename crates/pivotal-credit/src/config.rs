@@ -5,9 +5,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::named::named_enum;
 use crate::{
-    Baseline, Between, CreditRule, Cut, Error, Neutral, Positions, Result, Score, Selection,
-    Signal, Weighting, Width,
+    Between, Error, Neutral, Positions, Result, Score, Selection, SequenceSign, Signal, Weighting,
 };
+
+mod resolve;
 
 named_enum! {
     /// The baseline rule (METHOD, section 3).
@@ -24,6 +25,8 @@ named_enum! {
         Quantile = "quantile",
         /// The mean at the same position, fading by `baseline_decay`.
         PositionMean = "position_mean",
+        /// The threshold that best separates positive from negative responses on `baseline_calibration` of the prompts.
+        Calibrated = "calibrated",
     }
 }
 
@@ -42,6 +45,10 @@ named_enum! {
         Jump = "jump",
         /// Where a Schmitt trigger changes its state.
         Schmitt = "schmitt",
+        /// At a token drawn from a reference distribution of more than `cut_entropy_nats`.
+        Entropy = "entropy",
+        /// At each `cut_every`-th token sampled with less than `cut_probability`.
+        Improbable = "improbable",
         /// At offsets in the data.
         External = "external",
     }
@@ -136,11 +143,11 @@ macro_rules! credit_config {
 }
 
 credit_config! {
-    /// The token signal: level, increment, log_ratio or external.
+    /// The token signal: level, increment, log_ratio, critic, advantage or external.
     signal: Signal = Signal::LogRatio, "credit-signal";
     /// How many tokens late the signal reacts; it is moved back by as many.
     signal_delay: usize = 0, "credit-signal-delay";
-    /// The baseline: fixed, batch_mean, prompt_mean, running_mean, quantile or position_mean.
+    /// The baseline: fixed, batch_mean, prompt_mean, running_mean, quantile, position_mean or calibrated.
     baseline: BaselineRule = BaselineRule::Fixed, "credit-baseline";
     /// With fixed: the baseline itself (0).
     baseline_value: Option<f32> = None, "credit-baseline-value";
@@ -154,13 +161,15 @@ credit_config! {
     baseline_positions: Option<Positions> = None, "credit-baseline-positions";
     /// With relative positions: into how many parts a response is divided (10).
     baseline_bins: Option<usize> = None, "credit-baseline-bins";
+    /// With calibrated: the part of the prompts that it is found on (0.2).
+    baseline_calibration: Option<f64> = None, "credit-baseline-calibration";
     /// The offset around the baseline, in the signal's unit (0).
     offset: Option<f32> = None, "credit-offset";
     /// The same, times the standard deviation of the batch's signal.
     offset_std: Option<f32> = None, "credit-offset-std";
     /// The same, times the median absolute deviation of the batch's signal.
     offset_mad: Option<f32> = None, "credit-offset-mad";
-    /// Where segments begin: sequence, token, fixed, punctuation, jump, schmitt or external.
+    /// Where segments begin: sequence, token, fixed, punctuation, jump, schmitt, entropy, improbable or external.
     cut: CutRule = CutRule::Schmitt, "credit-cut";
     /// With schmitt: what happens between the thresholds, hysteresis or dead_zone (hysteresis).
     between: Option<Between> = None, "credit-between";
@@ -174,12 +183,22 @@ credit_config! {
     jump_std: Option<f32> = None, "credit-jump-std";
     /// The same, times their median absolute deviation.
     jump_mad: Option<f32> = None, "credit-jump-mad";
+    /// With entropy: cut at tokens drawn from a reference distribution of more than this many nats.
+    cut_entropy_nats: Option<f32> = None, "credit-cut-entropy-nats";
+    /// With improbable: tokens sampled with less than this probability are (0.9).
+    cut_probability: Option<f64> = None, "credit-cut-probability";
+    /// With improbable: every so many of them begin a segment (5).
+    cut_every: Option<usize> = None, "credit-cut-every";
     /// Segments of fewer tokens are merged into the one before.
     min_len: usize = 1, "credit-min-len";
     /// A segment's score: mean, sum, last or max_abs of its signal.
     score: Score = Score::Mean, "credit-score";
-    /// Which tokens are kept: agree, all, disagree, random, random_position or truth.
+    /// The sign that segments are compared with: response (its label or score) or advantage (each token's own).
+    sequence_sign: SequenceSign = SequenceSign::Response, "credit-sequence-sign";
+    /// Which tokens are kept: agree, all, disagree, random, random_position, truth, quota, excess_loss or entropy_top.
     selection: Selection = Selection::Agree, "credit-selection";
+    /// With quota (30), excess_loss (60) and entropy_top (20): how many percent of the tokens are kept.
+    selection_percent: Option<f64> = None, "credit-selection-percent";
     /// What becomes of neutral segments: drop or keep.
     neutral: Neutral = Neutral::Drop, "credit-neutral";
     /// How kept tokens count: hard or soft.
@@ -205,6 +224,7 @@ const PARAMETERS: [(&str, &[&str]); 3] = [
             "baseline_window",
             "baseline_positions",
             "baseline_bins",
+            "baseline_calibration",
         ],
     ),
     (
@@ -216,9 +236,12 @@ const PARAMETERS: [(&str, &[&str]); 3] = [
             "jump",
             "jump_std",
             "jump_mad",
+            "cut_entropy_nats",
+            "cut_probability",
+            "cut_every",
         ],
     ),
-    ("selection", &["random_fraction"]),
+    ("selection", &["random_fraction", "selection_percent"]),
 ];
 
 impl CreditConfig {
@@ -282,208 +305,14 @@ impl CreditConfig {
             "jump" => self.jump = None,
             "jump_std" => self.jump_std = None,
             "jump_mad" => self.jump_mad = None,
+            "baseline_calibration" => self.baseline_calibration = None,
+            "cut_entropy_nats" => self.cut_entropy_nats = None,
+            "cut_probability" => self.cut_probability = None,
+            "cut_every" => self.cut_every = None,
+            "selection_percent" => self.selection_percent = None,
             "random_fraction" => self.random_fraction = None,
             other => unreachable!("`{other}` is no parameter"),
         }
-    }
-
-    /// Checks every key and fills in the defaults of the rules chosen.
-    ///
-    /// # Errors
-    /// [`Error::Value`] outside a domain, [`Error::Conflict`] for two widths at once, [`Error::Unused`] for a key that the
-    /// chosen rule ignores, [`Error::Needs`] for one that it lacks.
-    pub fn resolve(&self) -> Result<CreditRule> {
-        self.no_unused()?;
-        let offset = one_width([
-            ("offset", self.offset),
-            ("offset_std", self.offset_std),
-            ("offset_mad", self.offset_mad),
-        ])?;
-        let rule = CreditRule {
-            signal: self.signal,
-            signal_delay: self.signal_delay,
-            baseline: self.resolve_baseline()?,
-            offset: offset.unwrap_or(Width::Absolute(0.0)),
-            cut: self.resolve_cut()?,
-            min_len: at_least_one("min_len", self.min_len)?,
-            score: self.score,
-            selection: self.selection,
-            neutral: self.neutral,
-            weighting: self.weighting,
-            random_fraction: self
-                .random_fraction
-                .map(|fraction| unit("random_fraction", fraction))
-                .transpose()?,
-        };
-        if rule.weighting == Weighting::Soft && rule.selection != Selection::Agree {
-            return Err(Error::Unused {
-                key: "weighting",
-                with: format!("selection = {}", rule.selection),
-            });
-        }
-        if rule.weighting == Weighting::Soft && rule.neutral == Neutral::Keep {
-            return Err(Error::Unused {
-                key: "neutral",
-                with: "weighting = soft".to_owned(),
-            });
-        }
-        Ok(rule)
-    }
-
-    fn resolve_baseline(&self) -> Result<Baseline> {
-        let decay = || unit("baseline_decay", self.baseline_decay.unwrap_or(0.99));
-        Ok(match self.baseline {
-            BaselineRule::Fixed => {
-                let value = self.baseline_value.unwrap_or(0.0);
-                if !value.is_finite() {
-                    return Err(domain("baseline_value", "a finite number", value));
-                }
-                Baseline::Fixed(value)
-            }
-            BaselineRule::BatchMean => Baseline::BatchMean,
-            BaselineRule::PromptMean => Baseline::PromptMean,
-            BaselineRule::RunningMean => Baseline::RunningMean { decay: decay()? },
-            BaselineRule::Quantile => Baseline::Quantile {
-                q: unit("baseline_quantile", self.baseline_quantile.unwrap_or(0.5))?,
-                window: at_least_one("baseline_window", self.baseline_window.unwrap_or(65_536))?,
-            },
-            BaselineRule::PositionMean => Baseline::PositionMean {
-                positions: self.baseline_positions.unwrap_or(Positions::Relative),
-                bins: at_least_one("baseline_bins", self.baseline_bins.unwrap_or(10))?,
-                decay: decay()?,
-            },
-        })
-    }
-
-    fn resolve_cut(&self) -> Result<Cut> {
-        Ok(match self.cut {
-            CutRule::Sequence => Cut::Sequence,
-            CutRule::Token => Cut::Token,
-            CutRule::Fixed => Cut::Fixed(at_least_one(
-                "cut_tokens",
-                self.cut_tokens.ok_or(Error::Needs {
-                    with: "cut = fixed",
-                    needs: "`cut_tokens`",
-                })?,
-            )?),
-            CutRule::Punctuation => {
-                let marks = self
-                    .punctuation
-                    .clone()
-                    .unwrap_or_else(|| ".,;:!?\n".to_owned());
-                if marks.is_empty() {
-                    return Err(domain("punctuation", "at least one character", "empty"));
-                }
-                Cut::Punctuation(marks)
-            }
-            CutRule::Jump => Cut::Jump(
-                one_width([
-                    ("jump", self.jump),
-                    ("jump_std", self.jump_std),
-                    ("jump_mad", self.jump_mad),
-                ])?
-                .ok_or(Error::Needs {
-                    with: "cut = jump",
-                    needs: "one of `jump`, `jump_std` and `jump_mad`",
-                })?,
-            ),
-            CutRule::Schmitt => Cut::Schmitt(self.between.unwrap_or(Between::Hold)),
-            CutRule::External => Cut::External,
-        })
-    }
-
-    fn no_unused(&self) -> Result<()> {
-        use BaselineRule as B;
-        use CutRule as C;
-        let (baseline, cut) = (self.baseline, self.cut);
-        let fading = matches!(baseline, B::RunningMean | B::PositionMean);
-        let positions = baseline == B::PositionMean;
-        let relative = positions && self.baseline_positions != Some(Positions::Absolute);
-        let with_baseline = || format!("baseline = {baseline}");
-        let with_cut = || format!("cut = {cut}");
-        let unused = |key, set: bool, used: bool, with: &dyn Fn() -> String| match set && !used {
-            true => Err(Error::Unused { key, with: with() }),
-            false => Ok(()),
-        };
-        unused(
-            "baseline_value",
-            self.baseline_value.is_some(),
-            baseline == B::Fixed,
-            &with_baseline,
-        )?;
-        unused(
-            "baseline_decay",
-            self.baseline_decay.is_some(),
-            fading,
-            &with_baseline,
-        )?;
-        let quantile = baseline == B::Quantile;
-        unused(
-            "baseline_quantile",
-            self.baseline_quantile.is_some(),
-            quantile,
-            &with_baseline,
-        )?;
-        unused(
-            "baseline_window",
-            self.baseline_window.is_some(),
-            quantile,
-            &with_baseline,
-        )?;
-        unused(
-            "baseline_positions",
-            self.baseline_positions.is_some(),
-            positions,
-            &with_baseline,
-        )?;
-        let with_positions = || match positions {
-            true => "baseline_positions = absolute".to_owned(),
-            false => with_baseline(),
-        };
-        unused(
-            "baseline_bins",
-            self.baseline_bins.is_some(),
-            relative,
-            &with_positions,
-        )?;
-        unused(
-            "between",
-            self.between.is_some(),
-            cut == C::Schmitt,
-            &with_cut,
-        )?;
-        unused(
-            "cut_tokens",
-            self.cut_tokens.is_some(),
-            cut == C::Fixed,
-            &with_cut,
-        )?;
-        unused(
-            "punctuation",
-            self.punctuation.is_some(),
-            cut == C::Punctuation,
-            &with_cut,
-        )?;
-        unused("jump", self.jump.is_some(), cut == C::Jump, &with_cut)?;
-        unused(
-            "jump_std",
-            self.jump_std.is_some(),
-            cut == C::Jump,
-            &with_cut,
-        )?;
-        unused(
-            "jump_mad",
-            self.jump_mad.is_some(),
-            cut == C::Jump,
-            &with_cut,
-        )?;
-        let random = self.selection == Selection::Random;
-        unused(
-            "random_fraction",
-            self.random_fraction.is_some(),
-            random,
-            &|| format!("selection = {}", self.selection),
-        )
     }
 }
 
@@ -504,45 +333,4 @@ fn unknown_key(key: &str) -> Error {
         key: key.to_owned(),
         expected: keys.join(", "),
     }
-}
-
-fn domain(key: &'static str, expected: &str, found: impl ToString) -> Error {
-    Error::Value {
-        key,
-        expected: expected.to_owned(),
-        found: found.to_string(),
-    }
-}
-
-fn at_least_one(key: &'static str, value: usize) -> Result<usize> {
-    if value >= 1 {
-        Ok(value)
-    } else {
-        Err(domain(key, "at least 1", value))
-    }
-}
-
-fn unit(key: &'static str, value: f64) -> Result<f64> {
-    if (0.0..=1.0).contains(&value) {
-        Ok(value)
-    } else {
-        Err(domain(key, "a number from 0 to 1", value))
-    }
-}
-
-/// The one width set, of three ways to say it: absolute, times std, times mad.
-fn one_width(ways: [(&'static str, Option<f32>); 3]) -> Result<Option<Width>> {
-    let kinds = [Width::Absolute as fn(f32) -> Width, Width::Std, Width::Mad];
-    let mut found: Option<(&'static str, Width)> = None;
-    for ((key, value), kind) in ways.into_iter().zip(kinds) {
-        let Some(value) = value else { continue };
-        if !(value.is_finite() && value >= 0.0) {
-            return Err(domain(key, "a finite number of at least 0", value));
-        }
-        if let Some((first, _)) = found {
-            return Err(Error::Conflict { first, second: key });
-        }
-        found = Some((key, kind(value)));
-    }
-    Ok(found.map(|(_, width)| width))
 }

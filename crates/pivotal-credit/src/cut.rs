@@ -22,6 +22,16 @@ pub enum Cut {
     Jump(Width),
     /// Where a Schmitt trigger around the baseline changes its state.
     Schmitt(Between),
+    /// At a token drawn from a reference distribution of more than this entropy, in nats; that is, after the token whose
+    /// successor is so open (Yin et al. 2025, arXiv:2501.02790).
+    Entropy(f32),
+    /// At improbable tokens (Guo et al. 2025, arXiv:2505.23564).
+    Improbable {
+        /// A token is improbable if the policy that sampled it gave it less than this.
+        probability: f64,
+        /// One in so many of them begins a segment.
+        every: usize,
+    },
     /// At offsets given with the data.
     External,
 }
@@ -131,6 +141,71 @@ impl<'a> OffsetCutter<'a> {
     }
 }
 
+/// Cuts at tokens drawn from a distribution of high entropy.
+#[derive(Clone, Copy, Debug)]
+pub struct EntropyCutter<'a> {
+    entropies: &'a [f32],
+    threshold: f32,
+    started: bool,
+}
+
+impl<'a> EntropyCutter<'a> {
+    /// Cuts where `entropies`, one a token, is above `threshold`, both in nats.
+    pub fn new(entropies: &'a [f32], threshold: f32) -> Self {
+        Self {
+            entropies,
+            threshold,
+            started: false,
+        }
+    }
+
+    /// Takes the next token.
+    #[inline]
+    pub fn push(&mut self) -> bool {
+        let high = self
+            .entropies
+            .split_off_first()
+            .is_some_and(|&entropy| entropy > self.threshold);
+        !std::mem::replace(&mut self.started, true) || high
+    }
+}
+
+/// Cuts at one in so many improbable tokens, counted from the response's first.
+#[derive(Clone, Copy, Debug)]
+pub struct ImprobableCutter<'a> {
+    token_logps: &'a [f32],
+    threshold: f64,
+    every: usize,
+    seen: usize,
+    started: bool,
+}
+
+impl<'a> ImprobableCutter<'a> {
+    /// Cuts at the `every`-th token, and each `every`-th after it, of those to which `token_logps`, in nats, one a token,
+    /// gives less than `probability`.
+    pub fn new(token_logps: &'a [f32], probability: f64, every: usize) -> Self {
+        Self {
+            token_logps,
+            threshold: probability.ln(),
+            every: every.max(1),
+            seen: 0,
+            started: false,
+        }
+    }
+
+    /// Takes the next token.
+    #[inline]
+    pub fn push(&mut self) -> bool {
+        let improbable = self
+            .token_logps
+            .split_off_first()
+            .is_some_and(|&logp| f64::from(logp) < self.threshold);
+        self.seen += usize::from(improbable);
+        let cut = improbable && self.seen.is_multiple_of(self.every);
+        !std::mem::replace(&mut self.started, true) || cut
+    }
+}
+
 /// Any cut rule, its parameters resolved to numbers.
 #[derive(Clone, Copy, Debug)]
 pub enum Cutter<'a> {
@@ -146,6 +221,10 @@ pub enum Cutter<'a> {
     Jump(JumpCutter),
     /// At a trigger's changes; false until its first token was pushed.
     Schmitt(SchmittTrigger, bool),
+    /// At tokens drawn from a distribution of high entropy.
+    Entropy(EntropyCutter<'a>),
+    /// At improbable tokens.
+    Improbable(ImprobableCutter<'a>),
     /// At given offsets.
     External(OffsetCutter<'a>),
 }
@@ -175,6 +254,8 @@ impl<'a> Cutter<'a> {
                 let after = trigger.push(reward);
                 !std::mem::replace(started, true) || after != before
             }
+            Self::Entropy(cutter) => cutter.push(),
+            Self::Improbable(cutter) => cutter.push(),
             Self::External(cutter) => cutter.push(),
         }
     }
@@ -229,6 +310,8 @@ pub fn mark_cuts(cutter: Cutter<'_>, signal: &[f32], texts: &[&str], cuts: &mut 
                 .zip(signal)
                 .for_each(|(cut, &reward)| *cut = cutter.push(reward, ""));
         }
+        Cutter::Entropy(mut cutter) => cuts.fill_with(|| cutter.push()),
+        Cutter::Improbable(mut cutter) => cuts.fill_with(|| cutter.push()),
         Cutter::External(mut cutter) => cuts.fill_with(|| cutter.push()),
     }
 }

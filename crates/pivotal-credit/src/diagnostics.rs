@@ -204,7 +204,11 @@ impl Diagnostics {
             side.tokens[bin] += 1;
             side.kept[bin] += u64::from(kept);
             if let Some(truth) = truth {
-                let wanted = match credit.sequence_sign {
+                let sign = match &credit.token_signs {
+                    Some(signs) => signs[index],
+                    None => credit.sequence_sign,
+                };
+                let wanted = match sign {
                     Sign::Positive => truth[index],
                     Sign::Negative => !truth[index],
                     Sign::Neutral => false,

@@ -123,6 +123,28 @@ pub enum Error {
         /// The value met.
         value: f64,
     },
+    /// A column of a response that is infinite or not a number.
+    #[error("`{column}` of response {id} is {value} at token {index}, expected a finite number")]
+    NotFiniteToken {
+        /// Name of the column.
+        column: &'static str,
+        /// The response's id.
+        id: u64,
+        /// Which token of the response.
+        index: usize,
+        /// The value met.
+        value: f32,
+    },
+    /// A calibration split without tokens of both sides.
+    #[error(
+        "`baseline = calibrated` has {positive} tokens of positive and {negative} of negative responses in its calibration split, expected some of both; raise `baseline_calibration`"
+    )]
+    Calibration {
+        /// Tokens of positive responses.
+        positive: usize,
+        /// Tokens of negative ones.
+        negative: usize,
+    },
     /// A segment's reward that no token can be paid.
     #[error("segment {segment} has a reward and no token of the model's own")]
     NoPlace {
@@ -146,7 +168,7 @@ impl HasKind for Error {
         match self {
             // A column of the data is the input's fault; a computed signal means a model diverged.
             Self::NotFinite { signal, .. } if *signal != Signal::External => ErrorKind::NotFinite,
-            Self::NotFiniteColumn { .. } => ErrorKind::NotFinite,
+            Self::NotFiniteColumn { .. } | Self::NotFiniteToken { .. } => ErrorKind::NotFinite,
             _ => ErrorKind::Input,
         }
     }

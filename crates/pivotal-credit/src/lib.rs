@@ -4,7 +4,9 @@ mod advantage;
 mod agreement;
 mod assign;
 mod baseline;
+mod calibration;
 mod check;
+mod column;
 mod config;
 mod cut;
 mod diagnostics;
@@ -22,6 +24,7 @@ mod score;
 mod segment;
 mod select;
 mod signal;
+mod top;
 mod trigger;
 mod warning;
 
@@ -33,8 +36,13 @@ pub use advantage::{
 pub use agreement::{Agreement, AgreementCounts};
 pub use assign::{Credit, CreditState};
 pub use baseline::{Baseline, BaselineState, Positions, ResolvedBaseline};
+pub use calibration::{Calibration, calibrate};
+pub use column::{TokenColumn, TokenColumns};
 pub use config::{BaselineRule, CreditConfig, CutRule, Field};
-pub use cut::{Cut, Cutter, FixedCutter, JumpCutter, OffsetCutter, PunctuationCutter, mark_cuts};
+pub use cut::{
+    Cut, Cutter, EntropyCutter, FixedCutter, ImprobableCutter, JumpCutter, OffsetCutter,
+    PunctuationCutter, mark_cuts,
+};
 pub use diagnostics::{Diagnostics, DiagnosticsReport, SideReport};
 pub use drift::Drift;
 pub use error::{Error, Result};
@@ -49,7 +57,10 @@ pub use reward::{
 pub use rule::CreditRule;
 pub use score::Score;
 pub use segment::{Segment, merge_short, segments_from_cuts};
-pub use select::{Neutral, Selection, Weighting, agree, random_subset, relative_bin, soft_weight};
-pub use signal::{Signal, advance, check_finite, increment, log_ratio};
+pub use select::{
+    Neutral, Selection, SequenceSign, Weighting, agree, random_subset, relative_bin, soft_weight,
+};
+pub use signal::{Signal, advance, check_finite, critic, increment, log_ratio};
+pub use top::top_percent;
 pub use trigger::{Between, SchmittTrigger};
 pub use warning::{Thresholds, Warning};

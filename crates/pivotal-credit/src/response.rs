@@ -2,7 +2,7 @@
 
 use pivotal_core::{CreditRecord, SCHEMA_VERSION, SegmentRecord, Side, Sign, TokenMask};
 
-use crate::Signal;
+use crate::{Signal, TokenColumns};
 
 /// One response to be given credit. `[tokens]` is its length, EOS included.
 #[derive(Clone, Copy, Debug)]
@@ -24,6 +24,8 @@ pub struct Response<'a> {
     /// Which tokens are the model's own, `[tokens]`; all, if absent. The others are in no statistic, cut no segment, and are
     /// never kept.
     pub response_mask: Option<&'a [bool]>,
+    /// Further numbers of each token, for the rules that read them.
+    pub columns: TokenColumns<'a>,
 }
 
 impl<'a> Response<'a> {
@@ -38,6 +40,14 @@ impl<'a> Response<'a> {
             truth: None,
             cuts: None,
             response_mask: None,
+            columns: TokenColumns {
+                advantages: None,
+                reference_entropies: None,
+                policy_entropies: None,
+                old_token_logps: None,
+                token_logps: None,
+                reference_token_logps: None,
+            },
         }
     }
 }
@@ -61,6 +71,8 @@ pub struct ResponseCredit {
     pub segments: Vec<SegmentRecord>,
     /// The whole response's sign.
     pub sequence_sign: Sign,
+    /// Each token's own sign, `[tokens]`, neutral where it is not the model's own; `None`: the response's.
+    pub token_signs: Option<Vec<Sign>>,
     /// Which of the model's own tokens the loss uses, `[tokens]`.
     pub keep: TokenMask,
     /// Soft weights in 0 to 1, `[tokens]`, 0 where not kept; `None` for hard masks.

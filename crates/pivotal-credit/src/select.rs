@@ -22,6 +22,25 @@ named_enum! {
         RandomPosition = "random_position",
         /// … its ground-truth label agrees with the sequence's sign: an upper bound.
         Truth = "truth",
+        /// … its signal is in the top percent of a positive response, or the bottom percent of a negative one: SePO
+        /// (Yang et al. 2024, arXiv:2408.13518).
+        Quota = "quota",
+        /// … the reference's log-probability of it less the policy's is in the batch's top percent: Rho-1 (Lin et al. 2024,
+        /// arXiv:2404.07965).
+        ExcessLoss = "excess_loss",
+        /// … the policy's entropy there is in the batch's top percent (Wang et al. 2025, arXiv:2506.01939).
+        EntropyTop = "entropy_top",
+    }
+}
+
+named_enum! {
+    /// The sign that a token's segment is compared with.
+    pub enum SequenceSign {
+        /// The whole response's: its label, or the sign of its score.
+        Response = "response",
+        /// Each token's own: the sign of its advantage around 0, as the co-authors' code has it. An advantage of 0 agrees
+        /// with nothing.
+        Advantage = "advantage",
     }
 }
 

@@ -12,6 +12,10 @@ named_enum! {
         Increment = "increment",
         /// β(log π_oracle − log π_ref) of each token: the implicit reward of a DPO-trained oracle.
         LogRatio = "log_ratio",
+        /// The value model's value of the state before each token, that token excluded.
+        Critic = "critic",
+        /// The advantage of each token in the policy update.
+        Advantage = "advantage",
         /// A column of the data.
         External = "external",
     }
@@ -34,6 +38,27 @@ pub fn increment(prompt_level: f32, levels: &[f32]) -> Vec<f32> {
         .iter()
         .map(|&level| level - std::mem::replace(&mut previous, level))
         .collect()
+}
+
+/// The signal `critic` from a value head's outputs, and the value of the state after the last token.
+///
+/// A value head reads the hidden state *at* a token, so that its output there includes that token: that is the signal `level`.
+/// The state before token t is the one at token t − 1, or at the last prompt token.
+///
+/// # Shapes
+/// `levels` and the result `[tokens]`, in the value model's unit.
+///
+/// # Examples
+/// ```
+/// let (critic, after) = pivotal_credit::critic(1.0, &[3.0, 2.5, 2.0]);
+/// assert_eq!((critic.as_slice(), after), (&[1.0, 3.0, 2.5][..], 2.0));
+/// ```
+pub fn critic(prompt_level: f32, levels: &[f32]) -> (Vec<f32>, f32) {
+    let mut before = prompt_level;
+    let values = levels
+        .iter()
+        .map(|&level| std::mem::replace(&mut before, level));
+    (values.collect(), before)
 }
 
 /// The implicit token rewards β(log π_oracle(y_t) − log π_ref(y_t)) (Rafailov et al., arXiv:2404.12358).

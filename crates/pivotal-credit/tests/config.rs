@@ -96,6 +96,58 @@ fn every_fault_names_its_key() {
             "weighting = 'soft'\nneutral = 'keep'",
             unused("neutral", "weighting = soft").as_str(),
         ),
+        (
+            "cut = 'entropy'",
+            "`cut = entropy` needs `cut_entropy_nats`",
+        ),
+        (
+            "cut = 'entropy'\ncut_entropy_nats = -1.0",
+            "`cut_entropy_nats` is -1, expected a finite number of at least 0",
+        ),
+        (
+            "cut = 'improbable'\ncut_probability = 0.0",
+            "`cut_probability` is 0, expected a number above 0, up to 1",
+        ),
+        (
+            "cut = 'improbable'\ncut_every = 0",
+            "`cut_every` is 0, expected at least 1",
+        ),
+        (
+            "selection = 'quota'\nselection_percent = 101.0",
+            "`selection_percent` is 101, expected a number above 0, up to 100",
+        ),
+        (
+            "baseline = 'calibrated'\nbaseline_calibration = nan",
+            "`baseline_calibration` is NaN, expected a number above 0, up to 1",
+        ),
+        (
+            "cut_entropy_nats = 1.0",
+            unused("cut_entropy_nats", "cut = schmitt").as_str(),
+        ),
+        (
+            "cut_probability = 0.5",
+            unused("cut_probability", "cut = schmitt").as_str(),
+        ),
+        (
+            "cut = 'entropy'\ncut_entropy_nats = 1.0\ncut_every = 2",
+            unused("cut_every", "cut = entropy").as_str(),
+        ),
+        (
+            "baseline_calibration = 0.5",
+            unused("baseline_calibration", "baseline = fixed").as_str(),
+        ),
+        (
+            "selection_percent = 10.0",
+            unused("selection_percent", "selection = agree").as_str(),
+        ),
+        (
+            "sequence_sign = 'advantage'\nselection = 'quota'",
+            unused("sequence_sign", "selection = quota").as_str(),
+        ),
+        (
+            "sequence_sign = 'advantage'\nselection = 'random'\nrandom_fraction = 0.5",
+            unused("sequence_sign", "random_fraction").as_str(),
+        ),
     ] {
         assert_eq!(error(toml), want, "{toml}");
     }
@@ -123,7 +175,7 @@ fn unknown_keys_and_names_are_refused() {
     ));
     assert_eq!(
         config.apply([("cut", "smith")]).unwrap_err().to_string(),
-        "`cut` is smith, expected one of sequence, token, fixed, punctuation, jump, schmitt, external"
+        "`cut` is smith, expected one of sequence, token, fixed, punctuation, jump, schmitt, entropy, improbable, external"
     );
     assert_eq!(
         config.apply([("offset", "wide")]).unwrap_err().to_string(),
@@ -185,6 +237,7 @@ fn every_key_has_a_flag_that_sets_it() {
             "all",
             "keep",
             "soft",
+            "advantage",
         ];
         let set = values.into_iter().any(|value| {
             let mut config = CreditConfig::default();

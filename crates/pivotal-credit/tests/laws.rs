@@ -2,9 +2,9 @@
 
 use pivotal_core::Sign;
 use pivotal_credit::{
-    Between, Credit, CreditConfig, CutRule, Cutter, FixedCutter, JumpCutter, Neutral, OffsetCutter,
-    PunctuationCutter, Response, SchmittTrigger, Score, Segment, jump_mask, mark_cuts, merge_short,
-    schmitt_mask, segments_from_cuts,
+    Between, Credit, CreditConfig, CutRule, Cutter, EntropyCutter, FixedCutter, ImprobableCutter,
+    JumpCutter, Neutral, OffsetCutter, PunctuationCutter, Response, SchmittTrigger, Score, Segment,
+    TokenColumns, jump_mask, mark_cuts, merge_short, schmitt_mask, segments_from_cuts,
 };
 use proptest::prelude::*;
 
@@ -47,6 +47,7 @@ fn config(cut: CutRule) -> CreditConfig {
         cut,
         cut_tokens: (cut == CutRule::Fixed).then_some(3),
         jump: (cut == CutRule::Jump).then_some(1.0),
+        cut_entropy_nats: (cut == CutRule::Entropy).then_some(0.5),
         offset: Some(0.5),
         ..CreditConfig::default()
     }
@@ -113,6 +114,9 @@ proptest! {
             for mask in [None, Some(&own[..tokens])] {
                 let response = Response {
                     texts: Some(&texts), cuts: Some(&cuts), response_mask: mask,
+                    columns: TokenColumns {
+                        reference_entropies: Some(&signal), old_token_logps: Some(&signal), ..TokenColumns::default()
+                    },
                     ..Response::new(1, 0, &signal, sign)
                 };
                 let given = Credit::new(rule.clone(), 1).assign(&[response]).unwrap().remove(0);
@@ -146,6 +150,8 @@ proptest! {
             Cutter::Punctuation(PunctuationCutter::new(".!")),
             Cutter::Jump(JumpCutter::new(0.75)),
             Cutter::schmitt(SchmittTrigger::new(0.25, 0.5, between)),
+            Cutter::Entropy(EntropyCutter::new(&signal, 0.5)),
+            Cutter::Improbable(ImprobableCutter::new(&signal, 0.5, 3)),
             Cutter::External(OffsetCutter::new(&offsets)),
         ];
         for cutter in cutters {

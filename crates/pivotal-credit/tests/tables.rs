@@ -3,8 +3,8 @@
 use pivotal_core::{ErrorKind, HasKind, Sign};
 use pivotal_credit::{
     Baseline, BaselineState, Between, Credit, CreditConfig, CreditRule, CutRule, Error, Positions,
-    RecordSample, ResolvedBaseline, Response, ResponseCredit, Selection, Signal, Weighting, Width,
-    advance, increment, log_ratio,
+    RecordSample, ResolvedBaseline, Response, ResponseCredit, Selection, Signal, TokenColumns,
+    Weighting, Width, advance, increment, log_ratio,
 };
 
 fn rule(toml: &str) -> CreditRule {
@@ -351,6 +351,7 @@ fn tokens_of_others_neither_cut_nor_count() {
         let toml = match cut {
             CutRule::Fixed => "cut = 'fixed'\ncut_tokens = 2".to_owned(),
             CutRule::Jump => "cut = 'jump'\njump = 1.0".to_owned(),
+            CutRule::Entropy => "cut = 'entropy'\ncut_entropy_nats = 1.0".to_owned(),
             _ => format!("cut = '{cut}'"),
         };
         let given = one(
@@ -358,6 +359,11 @@ fn tokens_of_others_neither_cut_nor_count() {
             Response {
                 cuts: Some(&[]),
                 texts: Some(&["a"; 6]),
+                columns: TokenColumns {
+                    reference_entropies: Some(&signal),
+                    old_token_logps: Some(&signal),
+                    ..TokenColumns::default()
+                },
                 ..foreign
             },
         );
