@@ -123,7 +123,7 @@ fn rollouts(bencher: Bencher, prompts: usize, samples: usize) {
         sampling: Sampling::default(),
         samples,
         max_tokens: 32,
-        stop: Vec::new(),
+        eos: Vec::new(),
         batch: 64,
         seed: 1,
     };

@@ -30,7 +30,7 @@ pub use config::{DecoderConfig, Family, RopeScaling, SpecialIds};
 pub use decode::{Generator, PromptCache, Sequence};
 pub use decoder::Decoder;
 pub use error::{Error, GgufFault, Result};
-pub use generate::{Finish, GenerateSettings, Generation};
+pub use generate::{Finish, GenerateSettings, Generation, GenerationStats, Request, StopStrings};
 pub use lora::LoraSpec;
 pub use parameter::{Parameter, Parameters, Visitor};
 pub use recompute::ForwardPass;

@@ -29,7 +29,10 @@ pub struct Drawn {
     pub token_id: u32,
     /// Its log-probability under the model itself (temperature 1, every token), in nats.
     pub token_logp: f32,
-    /// Its log-probability under the distribution it was drawn from, in nats; 0 for a greedy choice.
+    /// Its log-probability at the temperature it was drawn with, over every token, in nats: what the ratio of a policy gradient
+    /// compares. The model's own for a greedy choice.
+    pub tempered_logp: f32,
+    /// Its log-probability under the distribution it was drawn from, filters included, in nats; 0 for a greedy choice.
     pub sampling_logp: f32,
 }
 
@@ -104,62 +107,75 @@ impl Sampling {
     /// ```
     pub fn draw(&self, logits: &[f32], stream: &mut RandomStream) -> Result<Drawn> {
         self.check()?;
-        let normaliser = log_sum_exp(logits);
-        let largest = argmax(logits).filter(|_| normaliser.is_finite());
-        let Some(largest) = largest else {
+        let own = Distribution::new(logits);
+        if !own.normaliser.is_finite() {
             return Err(Error::NotFinite {
                 what: "logits".into(),
             });
-        };
-        let (index, sampling_logp) = if self.temperature == 0.0 {
-            (largest, 0.0)
+        }
+        let (index, tempered_logp, sampling_logp) = if self.temperature == 0.0 {
+            let index = argmax(logits).expect("some logit is finite");
+            (index, own.logp(index), 0.0)
         } else if *self == Self::default() {
-            let index = draw_from_all(logits, stream.random());
-            (index, logits[index] - normaliser)
+            let index = own.draw(stream.random());
+            (index, own.logp(index), own.logp(index))
         } else {
-            self.draw_filtered(logits, logits[largest], stream.random())
+            self.draw_filtered(&own, stream.random())
         };
         Ok(Drawn {
             token_id: index as u32,
-            token_logp: logits[index] - normaliser,
+            token_logp: own.logp(index),
+            tempered_logp,
             sampling_logp,
         })
     }
 
-    fn draw_filtered(&self, logits: &[f32], largest: f32, uniform: f64) -> (usize, f32) {
-        let temperature = self.temperature as f32;
-        // The largest is 0, so that no temperature overflows.
-        let scaled: Vec<f32> = logits
-            .iter()
-            .map(|logit| (logit - largest) / temperature)
-            .collect();
+    /// The index, its log-probability at this temperature, and that under all filters.
+    fn draw_filtered(&self, own: &Distribution<'_>, uniform: f64) -> (usize, f32, f32) {
+        let scaled: Vec<f32>;
+        let tempered = if self.temperature == 1.0 {
+            own
+        } else {
+            let temperature = self.temperature as f32;
+            let largest = own.blocks.iter().map(|block| block.largest);
+            let largest = largest.fold(f32::NEG_INFINITY, f32::max);
+            // The largest is 0, so that no temperature overflows.
+            scaled = own
+                .logits
+                .iter()
+                .map(|logit| (logit - largest) / temperature)
+                .collect();
+            &Distribution::new(&scaled)
+        };
         if self.top_k.is_none() && self.top_p == 1.0 && self.min_p == 0.0 {
-            let index = draw_from_all(&scaled, uniform);
-            return (index, scaled[index] - log_sum_exp(&scaled));
+            let index = tempered.draw(uniform);
+            return (index, tempered.logp(index), tempered.logp(index));
         }
-        let kept = self.kept(&scaled);
-        let total: f64 = kept.iter().map(|&index| weight(scaled[index])).sum();
-        let index = kept[position(
-            kept.iter().map(|&index| weight(scaled[index])),
-            uniform * total,
-        )];
-        let logp = f64::from(scaled[index]) - total.ln();
-        (index, logp as f32)
+        let kept = self.kept(tempered);
+        let weight = |&index: &usize| weight(tempered.logp(index));
+        let total: f64 = kept.iter().map(weight).sum();
+        let index = kept[position(kept.iter().map(weight), uniform * total)];
+        let logp = f64::from(tempered.logp(index)) - total.ln();
+        (index, tempered.logp(index), logp as f32)
     }
 
     /// The tokens that pass every filter, the most probable first.
-    fn kept(&self, scaled: &[f32]) -> Vec<usize> {
-        let mut floor = (self.min_p as f32).ln();
-        if self.top_k.is_none() && self.top_p < 1.0 {
-            // All tokens below this have less than 1 - top_p together: they need not be sorted.
-            let total = f64::from(log_sum_exp(scaled)).exp();
-            let floor_weight = total * (1.0 - self.top_p) / scaled.len() as f64;
-            floor = floor.max((floor_weight * (1.0 - 1e-3)).ln() as f32);
-        }
-        let by_weight = |a: &usize, b: &usize| scaled[*b].total_cmp(&scaled[*a]).then(a.cmp(b));
-        let mut kept: Vec<usize> = (0..scaled.len())
-            .filter(|&index| scaled[index] >= floor && scaled[index] > f32::NEG_INFINITY)
-            .collect();
+    fn kept(&self, of: &Distribution<'_>) -> Vec<usize> {
+        let largest = of.blocks.iter().map(|block| block.largest);
+        let largest = largest.fold(f32::NEG_INFINITY, f32::max);
+        // `ln` of 0 is -inf, which keeps all.
+        let min_p_floor = largest + (self.min_p as f32).ln();
+        let mut kept = match self.top_k {
+            Some(top_k) => of.above(of.top_k_floor(top_k)),
+            None if self.top_p < 1.0 => {
+                // All tokens below this have less than 1 - top_p together: they need not be sorted.
+                let rest = (1.0 - self.top_p) / of.logits.len() as f64 * (1.0 - 1e-3);
+                of.above(min_p_floor.max(of.normaliser + rest.ln() as f32))
+            }
+            None => of.above(min_p_floor),
+        };
+        let by_weight =
+            |a: &usize, b: &usize| of.logits[*b].total_cmp(&of.logits[*a]).then(a.cmp(b));
         if let Some(top_k) = self.top_k.filter(|&top_k| top_k < kept.len()) {
             kept.select_nth_unstable_by(top_k - 1, by_weight);
             kept.truncate(top_k);
@@ -167,42 +183,122 @@ impl Sampling {
         kept.sort_unstable_by(by_weight);
         if self.top_p < 1.0 {
             let total: f64 = match self.top_k {
-                None => f64::from(log_sum_exp(scaled)).exp(),
-                Some(_) => kept.iter().map(|&index| weight(scaled[index])).sum(),
+                None => 1.0,
+                Some(_) => kept.iter().map(|&index| weight(of.logp(index))).sum(),
             };
             let enough = self.top_p * total * (1.0 - SUM_TOLERANCE);
             let mut sum = 0.0;
             let fewest = kept.iter().take_while(|&&index| {
                 let before = sum;
-                sum += weight(scaled[index]);
+                sum += weight(of.logp(index));
                 before < enough
             });
             let fewest = fewest.count();
             kept.truncate(fewest);
         }
+        let probable = kept.partition_point(|&index| of.logits[index] >= min_p_floor);
+        kept.truncate(probable);
         kept
     }
 }
 
-fn weight(scaled: f32) -> f64 {
-    f64::from(scaled).exp()
+/// A row of logits, looked at in blocks.
+struct Distribution<'a> {
+    logits: &'a [f32],
+    blocks: Vec<Block>,
+    /// `ln Σ e^logit`.
+    normaliser: f32,
 }
 
-/// An index with the probability of its logit, from a number in [0, 1): first the block, then the token in it.
-fn draw_from_all(logits: &[f32], uniform: f64) -> usize {
-    let blocks: Vec<f32> = logits.chunks(BLOCK).map(log_sum_exp).collect();
-    let normaliser = log_sum_exp(&blocks);
-    let weights = blocks.iter().map(|&block| weight(block - normaliser));
-    let total: f64 = weights.clone().sum();
-    let mut left = uniform * total;
-    let block = position(weights.clone(), left);
-    left -= weights.clone().take(block).sum::<f64>();
-    let share = left / weight(blocks[block] - normaliser);
-    let start = block * BLOCK;
-    let tokens = &logits[start..(start + BLOCK).min(logits.len())];
-    let weights = tokens.iter().map(|&logit| weight(logit - blocks[block]));
-    let total: f64 = weights.clone().sum();
-    start + position(weights, share * total)
+struct Block {
+    normaliser: f32,
+    largest: f32,
+}
+
+impl<'a> Distribution<'a> {
+    fn new(logits: &'a [f32]) -> Self {
+        let blocks: Vec<Block> = logits
+            .chunks(BLOCK)
+            .map(|block| Block {
+                normaliser: log_sum_exp(block),
+                largest: largest(block),
+            })
+            .collect();
+        let normalisers: Vec<f32> = blocks.iter().map(|block| block.normaliser).collect();
+        Self {
+            logits,
+            blocks,
+            normaliser: log_sum_exp(&normalisers),
+        }
+    }
+
+    fn logp(&self, index: usize) -> f32 {
+        self.logits[index] - self.normaliser
+    }
+
+    /// An index with its probability, from a number in [0, 1): first the block, then the token in it.
+    fn draw(&self, uniform: f64) -> usize {
+        let weights = self
+            .blocks
+            .iter()
+            .map(|block| weight(block.normaliser - self.normaliser));
+        let total: f64 = weights.clone().sum();
+        let mut left = uniform * total;
+        let block = position(weights.clone(), left);
+        left -= weights.clone().take(block).sum::<f64>();
+        let normaliser = self.blocks[block].normaliser;
+        let share = left / weight(normaliser - self.normaliser);
+        let weights = self.block(block).map(|logit| weight(logit - normaliser));
+        let total: f64 = weights.clone().sum();
+        block * BLOCK + position(weights, share * total)
+    }
+
+    fn block(&self, block: usize) -> impl Iterator<Item = f32> + Clone {
+        let start = block * BLOCK;
+        let end = (start + BLOCK).min(self.logits.len());
+        self.logits[start..end].iter().copied()
+    }
+
+    /// The indices of logits of at least `floor`; blocks without one cost nothing.
+    fn above(&self, floor: f32) -> Vec<usize> {
+        let mut found = Vec::new();
+        let blocks = self.blocks.iter().enumerate();
+        for (block, _) in blocks.filter(|(_, block)| block.largest >= floor) {
+            let tokens = self.block(block).enumerate();
+            let tokens = tokens.filter(|&(_, x)| x >= floor && x > f32::NEG_INFINITY);
+            found.extend(tokens.map(|(at, _)| block * BLOCK + at));
+        }
+        found
+    }
+
+    /// A logit that at least `top_k` tokens reach, close to the smallest of them: so many parts of the row have one as large.
+    fn top_k_floor(&self, top_k: usize) -> f32 {
+        const PART: usize = 64;
+        let mut parts: Vec<f32> = self.logits.chunks(PART).map(largest).collect();
+        if top_k > parts.len() {
+            return f32::NEG_INFINITY;
+        }
+        *parts
+            .select_nth_unstable_by(top_k - 1, |a, b| b.total_cmp(a))
+            .1
+    }
+}
+
+fn largest(x: &[f32]) -> f32 {
+    let mut best = [f32::NEG_INFINITY; 16];
+    let (blocks, rest) = x.as_chunks::<16>();
+    for block in blocks {
+        for (best, &x) in best.iter_mut().zip(block) {
+            *best = if x > *best { x } else { *best };
+        }
+    }
+    best.iter()
+        .chain(rest)
+        .fold(f32::NEG_INFINITY, |best, &x| best.max(x))
+}
+
+fn weight(scaled: f32) -> f64 {
+    f64::from(scaled).exp()
 }
 
 /// Where the running sum of `weights` passes `target`: never at a weight of 0, and at the last other one if rounding leaves
@@ -295,6 +391,9 @@ mod tests {
         // After top_k, 0.4 is 0.4/0.65 = 0.62 of what is left.
         assert_distribution(top(Some(2), 0.6, 0.0), &logits, &[0.0, 1.0, 0.0, 0.0, 0.0]);
         assert_distribution(top(Some(99), 1.0, 0.0), &logits, &p);
+        // top_p is of what top_k left, min_p not yet applied: 0.51 of 0.85 needs two.
+        let filters = top(Some(3), 0.6, 0.6);
+        assert_distribution(filters, &logits, &two);
     }
 
     #[test]
@@ -367,6 +466,39 @@ mod tests {
             ..Sampling::default()
         };
         assert!((mean(half) - (size / 2 - 1) as f64 / 2.0).abs() < 5.0 * deviation);
+    }
+
+    /// Parts and blocks are shortcuts: they must not change who is kept.
+    #[test]
+    fn filters_of_a_large_vocabulary_keep_what_sorting_keeps() {
+        let mut stream = random_stream(3, "large");
+        let logits: Vec<f32> = (0..3 * BLOCK + 77)
+            .map(|_| stream.random_range(-8.0f32..8.0).round() / 2.0)
+            .collect();
+        let mut sorted: Vec<usize> = (0..logits.len()).collect();
+        sorted.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+        let of = Distribution::new(&logits);
+        for top_k in [1, 2, 30, 49, 50, 400, logits.len()] {
+            let sampling = Sampling {
+                top_k: Some(top_k),
+                ..Sampling::default()
+            };
+            assert_eq!(sampling.kept(&of), sorted[..top_k]);
+        }
+        for top_p in [0.01, 0.5, 0.99] {
+            let sampling = Sampling {
+                top_p,
+                ..Sampling::default()
+            };
+            let mut sum = 0.0;
+            let expected = sorted.iter().take_while(|&&index| {
+                let before = sum;
+                sum += f64::from(of.logp(index)).exp();
+                before < top_p
+            });
+            let (found, expected) = (sampling.kept(&of).len(), expected.count());
+            assert!(found.abs_diff(expected) <= 1, "{found} for {expected}");
+        }
     }
 
     #[test]

@@ -68,7 +68,7 @@ fn assert_greedy(generator: &Generator, greedy: &Value) {
         sampling: Sampling::greedy(),
         samples: 1,
         max_tokens: expected.len(),
-        stop: generator.config().special_ids.eos.clone(),
+        eos: generator.config().special_ids.eos.clone(),
         batch: 1,
         seed: 0,
     };

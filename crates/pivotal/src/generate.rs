@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use pivotal_core::{TokenizedPrompt, write_atomic};
 use pivotal_data::{DataSet, ReadOptions, tokenize_prompts};
-use pivotal_model::{GenerateSettings, Generator, Sampling};
+use pivotal_model::{Finish, GenerateSettings, Generator, Request, Sampling, StopStrings};
 use pivotal_train::settings::{DataSettings, ModelSettings, Precision};
 use pivotal_train::workspace::Workspace;
 use serde::Serialize;
@@ -52,6 +52,9 @@ pub(crate) struct Generate {
     /// Only tokens at least this probable, as a part of the most probable one's probability.
     #[arg(long, default_value_t = 0.0)]
     min_p: f64,
+    /// Text that ends a response, which is cut before it; may be given several times.
+    #[arg(long)]
+    stop: Vec<String>,
     /// Responses decoded together; changes no result.
     #[arg(long, default_value_t = 16)]
     batch: usize,
@@ -109,21 +112,52 @@ impl Generate {
             },
             samples: self.samples,
             max_tokens: self.max_new_tokens,
-            stop: workspace.decoder.config().special_ids.eos.clone(),
+            eos: workspace.decoder.config().special_ids.eos.clone(),
             batch: self.batch,
             seed: self.seed,
         };
         let generator = Generator::new(&workspace.decoder, self.precision.into());
-        let ids: Vec<&[u32]> = prompts.iter().map(|prompt| &prompt.prompt[..]).collect();
+        let tokenizer = &workspace.tokenizer;
+        // An id of a padded vocabulary that the tokenizer does not have shows nothing.
+        let text = |ids: &[u32]| {
+            let known = ids.iter().copied();
+            let known: Vec<u32> = known
+                .filter(|&id| tokenizer.token_text(id).is_ok())
+                .collect();
+            let text = tokenizer.decode_plain(&known);
+            text.expect("decoding fails for unknown ids alone")
+        };
+        let requests: Vec<Request<'_>> = prompts
+            .iter()
+            .enumerate()
+            .map(|(index, prompt)| Request {
+                id: index as u64,
+                prompt: &prompt.prompt,
+            })
+            .collect();
+        let stop = StopStrings {
+            strings: &self.stop,
+            text: &text,
+        };
+        let stop = (!self.stop.is_empty()).then_some(stop);
+        let mut generations = Vec::new();
+        generator.sample_many(&requests, &settings, stop, &mut |generation| {
+            generations.push(generation);
+        })?;
+        generations.sort_unstable_by_key(|generation| (generation.prompt, generation.sample));
         let mut lines = Vec::new();
-        for generation in generator.generate(&ids, &settings)? {
+        for generation in generations {
             let line = Line {
                 id: prompts[generation.prompt].id,
                 sample: generation.sample,
-                response: workspace.tokenizer.decode_plain(&generation.token_ids)?,
+                response: match generation.text {
+                    Some(text) => text,
+                    None => tokenizer.decode_plain(&generation.token_ids)?,
+                },
                 finish: match generation.finish {
-                    pivotal_model::Finish::Stop => "stop",
-                    pivotal_model::Finish::Length => "length",
+                    Finish::Eos => "eos",
+                    Finish::Stop => "stop",
+                    Finish::Length => "length",
                 },
                 token_ids: &generation.token_ids,
                 token_logps: &generation.token_logps,

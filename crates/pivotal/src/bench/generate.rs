@@ -45,7 +45,7 @@ fn measure(
         },
         samples,
         max_tokens: NEW_TOKENS,
-        stop: Vec::new(),
+        eos: Vec::new(),
         batch: prompts * samples,
         seed: 1,
     };

@@ -102,6 +102,27 @@ fn generation_depends_on_the_seed_alone() {
 }
 
 #[test]
+fn a_stop_string_cuts_the_text_and_keeps_the_tokens() {
+    let scratch = Scratch::new();
+    let command = "generate --model MODEL --prompt one --temperature 1 --max-new-tokens 12";
+    let line = |command: &str| -> serde_json::Value {
+        serde_json::from_str(&scratch.good(command)).unwrap()
+    };
+    let whole = line(command);
+    assert_eq!(whole["finish"], "length");
+    let text = whole["response"].as_str().unwrap();
+    let mut letters = text.char_indices().skip(3);
+    let (at, letter) = letters.find(|(_, c)| c.is_ascii_alphanumeric()).unwrap();
+    let at = text[..at].find(letter).unwrap_or(at);
+    let cut = line(&format!("{command} --stop {letter}"));
+    assert_eq!(cut["finish"], "stop");
+    assert_eq!(cut["response"], text[..at]);
+    let ids = |line: &serde_json::Value| line["token_ids"].as_array().unwrap().clone();
+    let (whole, cut) = (ids(&whole), ids(&cut));
+    assert!(cut.len() < whole.len() && whole.starts_with(&cut));
+}
+
+#[test]
 fn the_configuration_is_default_then_file_then_flag() {
     let scratch = Scratch::new();
     scratch.write(

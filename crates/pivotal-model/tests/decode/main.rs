@@ -4,7 +4,9 @@
     reason = "bf16 differences are measured, not only bounded"
 )]
 
+#[path = "../reference/mod.rs"]
 mod reference;
+mod rollouts;
 
 use std::sync::Arc;
 
@@ -48,7 +50,7 @@ fn settings(sampling: Sampling) -> GenerateSettings {
         sampling,
         samples: 3,
         max_tokens: 12,
-        stop: Vec::new(),
+        eos: Vec::new(),
         batch: 4,
         seed: 5,
     }
@@ -148,7 +150,7 @@ fn samples_depend_on_seed_prompt_and_index_and_on_nothing_else() {
     let generator = Generator::new(&decoder, Precision::F32);
     let prompts = [vec![1, 40, 50], vec![1], vec![1, 40, 50], vec![8, 9]];
     let base = GenerateSettings {
-        stop: vec![2, 3, 50],
+        eos: vec![2, 3, 50],
         ..settings(Sampling {
             temperature: 3.0,
             ..Sampling::default()
@@ -192,15 +194,15 @@ fn samples_depend_on_seed_prompt_and_index_and_on_nothing_else() {
     for generation in &expected {
         assert_logps(&decoder, &prompts[generation.prompt], generation);
         let (last, earlier) = generation.token_ids.split_last().unwrap();
-        assert!(earlier.iter().all(|id| !base.stop.contains(id)));
-        let expected = match base.stop.contains(last) {
-            true => Finish::Stop,
+        assert!(earlier.iter().all(|id| !base.eos.contains(id)));
+        let expected = match base.eos.contains(last) {
+            true => Finish::Eos,
             false => Finish::Length,
         };
         assert_eq!(generation.finish, expected);
-        assert!(expected == Finish::Stop || earlier.len() + 1 == base.max_tokens);
+        assert!(expected == Finish::Eos || earlier.len() + 1 == base.max_tokens);
     }
-    let stopped = expected.iter().filter(|g| g.finish == Finish::Stop).count();
+    let stopped = expected.iter().filter(|g| g.finish == Finish::Eos).count();
     assert!(
         (1..12).contains(&stopped),
         "{stopped} of 12 stopped: both ends must be met"
