@@ -61,6 +61,31 @@ pub fn content_hash(bytes: &[u8]) -> String {
     blake3::hash(bytes).to_hex().to_string()
 }
 
+/// A BLAKE3 hash of content that comes in pieces: [`content_hash`] of the pieces end to end.
+///
+/// # Examples
+/// ```
+/// use pivotal_core::{ContentHasher, content_hash};
+/// let mut hasher = ContentHasher::default();
+/// hasher.update(b"piv");
+/// hasher.update(b"otal");
+/// assert_eq!(hasher.finish(), content_hash(b"pivotal"));
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct ContentHasher(blake3::Hasher);
+
+impl ContentHasher {
+    /// Adds a piece.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// The hash, in hexadecimal.
+    pub fn finish(&self) -> String {
+        self.0.finalize().to_hex().to_string()
+    }
+}
+
 /// [`write_atomic`], with the content's hash in `<path>.blake3` beside it, written first.
 ///
 /// # Errors

@@ -93,10 +93,16 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::MissingTensors`].
     pub fn tensor(&self, name: &str) -> Result<&HostTensor> {
-        self.tensors.get(name).ok_or_else(|| Error::MissingTensors {
-            path: "the checkpoint".into(),
-            names: vec![name.into()],
-        })
+        self.tensors.get(name).ok_or_else(|| missing_tensor(name))
+    }
+
+    /// The weight called `name`, taken out.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensors`].
+    pub(crate) fn take_tensor(&mut self, name: &str) -> Result<HostTensor> {
+        let missing = || missing_tensor(name);
+        self.tensors.remove(name).ok_or_else(missing)
     }
 
     /// The value head's weight, `[1, hidden]`, if there is one.
@@ -114,6 +120,13 @@ impl Checkpoint {
         } else {
             VOCABULARY_HEAD
         })
+    }
+}
+
+fn missing_tensor(name: &str) -> Error {
+    Error::MissingTensors {
+        path: "the checkpoint".into(),
+        names: vec![name.into()],
     }
 }
 

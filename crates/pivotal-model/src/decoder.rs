@@ -56,10 +56,24 @@ impl Decoder {
         device: &Device,
         precision: Precision,
     ) -> Result<Self> {
+        Self::take_from(&mut checkpoint.clone(), device, precision)
+    }
+
+    /// [`Decoder::from_checkpoint`], with the weights taken out of `checkpoint`: they are never in memory twice.
+    ///
+    /// What the decoder has no place for stays: a value head, say.
+    ///
+    /// # Errors
+    /// As [`Decoder::from_checkpoint`]; the weights before the one at fault are then gone.
+    pub fn take_from(
+        checkpoint: &mut Checkpoint,
+        device: &Device,
+        precision: Precision,
+    ) -> Result<Self> {
         let config = checkpoint.config.clone();
-        let source = WeightSource::new(checkpoint, device);
+        let mut source = WeightSource::new(checkpoint, device);
         let layers = (0..config.layers)
-            .map(|index| Layer::from_source(&source, &config, &format!("model.layers.{index}")))
+            .map(|index| Layer::from_source(&mut source, &config, &format!("model.layers.{index}")))
             .collect::<Result<Vec<_>>>()?;
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let lm_head = match config.tie_word_embeddings {
@@ -281,19 +295,25 @@ impl Parameters for Decoder {
 }
 
 impl Layer {
-    fn from_source(source: &WeightSource<'_>, config: &DecoderConfig, path: &str) -> Result<Self> {
+    fn from_source(
+        source: &mut WeightSource<'_>,
+        config: &DecoderConfig,
+        path: &str,
+    ) -> Result<Self> {
         let hidden = config.hidden_size;
-        let norm = |name: &str| source.tensor(&format!("{path}.{name}.weight"), [hidden]);
+        let mut norm = |name: &str| source.tensor(&format!("{path}.{name}.weight"), [hidden]);
+        let input_layernorm = norm("input_layernorm")?;
+        let post_attention_layernorm = norm("post_attention_layernorm")?;
         let [q, k, v, o, gate, up, down] = config.layer_linears().map(|(name, shape)| {
             source.projection(&format!("{path}.{name}"), shape, config.has_bias(name))
         });
         Ok(Self {
-            input_layernorm: norm("input_layernorm")?,
+            input_layernorm,
             q_proj: q?,
             k_proj: k?,
             v_proj: v?,
             o_proj: o?,
-            post_attention_layernorm: norm("post_attention_layernorm")?,
+            post_attention_layernorm,
             gate_proj: gate?,
             up_proj: up?,
             down_proj: down?,

@@ -46,6 +46,14 @@ impl Parameter<'_> {
         }
     }
 
+    /// Its shape.
+    pub fn shape(&self) -> Vec<usize> {
+        match self {
+            Self::Matrix(tensor) => tensor.dims().to_vec(),
+            Self::Vector(tensor) => tensor.dims().to_vec(),
+        }
+    }
+
     /// A copy in host memory.
     ///
     /// # Panics
@@ -111,37 +119,40 @@ pub(crate) fn to_host<const D: usize>(tensor: Tensor<D>) -> HostTensor {
     HostTensor::new(shape, values).expect("a tensor has as many values as its shape says")
 }
 
-/// A frozen tensor of a device.
+/// A frozen tensor of a device, copied there.
 pub(crate) fn to_device<const D: usize>(value: &HostTensor, device: &Device) -> Tensor<D> {
-    Tensor::from_data(
-        TensorData::new(value.values().to_vec(), value.shape().to_vec()),
-        device,
-    )
+    move_to_device(value.clone(), device)
 }
 
-/// Tensors of a checkpoint, on their way to a device, each checked against the shape expected.
+/// A frozen tensor of a device; on the processor it takes over the memory of `value`.
+fn move_to_device<const D: usize>(value: HostTensor, device: &Device) -> Tensor<D> {
+    let shape = value.shape().to_vec();
+    Tensor::from_data(TensorData::new(value.into_values(), shape), device)
+}
+
+/// Tensors of a checkpoint, taken out one by one on their way to a device, each checked against the shape expected.
 pub(crate) struct WeightSource<'a> {
-    checkpoint: &'a Checkpoint,
+    checkpoint: &'a mut Checkpoint,
     device: &'a Device,
 }
 
 impl<'a> WeightSource<'a> {
-    pub(crate) fn new(checkpoint: &'a Checkpoint, device: &'a Device) -> Self {
+    pub(crate) fn new(checkpoint: &'a mut Checkpoint, device: &'a Device) -> Self {
         Self { checkpoint, device }
     }
 
     pub(crate) fn tensor<const D: usize>(
-        &self,
+        &mut self,
         name: &str,
         shape: [usize; D],
     ) -> Result<Tensor<D>> {
-        let value = self.checkpoint.tensor(name)?;
-        check_shape(name, value, shape)?;
-        Ok(to_device(value, self.device))
+        check_shape(name, self.checkpoint.tensor(name)?, shape)?;
+        let value = self.checkpoint.take_tensor(name)?;
+        Ok(move_to_device(value, self.device))
     }
 
     pub(crate) fn projection(
-        &self,
+        &mut self,
         path: &str,
         shape: [usize; 2],
         bias: bool,

@@ -2,13 +2,16 @@
 
 use std::path::PathBuf;
 
+use pivotal_core::FileHash;
 use pivotal_credit::{CreditConfig, DiagnosticsReport, increment, log_ratio};
 use pivotal_data::{DataSet, ReadOptions, tokenize_pairs};
-use pivotal_model::RewardModel;
+use pivotal_model::{Decoder, RewardModel};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::score::{Group, token_logps, token_values};
+use crate::progress;
+use crate::run::{manifest, write_beside};
+use crate::score::{Group, token_logps_told, token_values_told};
 use crate::settings::{
     AnnotateFlags, AnnotateSettings, AnnotatedSignal, CreditFlags, DataFlags, DataSettings,
     ModelFlags, ModelSettings,
@@ -51,7 +54,7 @@ pub struct Summary {
 /// Runs the recipe.
 ///
 /// # Errors
-/// [`Error`]: its kind says whose fault it is. An existing file of records is refused unless `overwrite`.
+/// [`Error`]: its kind says whose fault it is. The resolved configuration and a manifest are written beside the records. An existing file of records is refused unless `overwrite`.
 pub fn annotate(config: &AnnotateConfig, overwrite: bool) -> Result<Summary> {
     let path = &config.annotate.records;
     if path.as_os_str().is_empty() {
@@ -90,15 +93,19 @@ pub fn annotate(config: &AnnotateConfig, overwrite: bool) -> Result<Summary> {
     let pairs = tokenized.items;
     let groups: Vec<_> = pairs.iter().map(Group::of_pair).collect();
 
+    let scorer;
     let (signal, reference_logps) = match config.annotate.signal {
         AnnotatedSignal::LogRatio => {
-            let (signal, reference) = log_ratios(config, &workspace, &groups)?;
+            let oracle = oracle(config, &workspace)?;
+            scorer = Workspace::decoder_hash(&oracle, config.model.precision);
+            let (signal, reference) = log_ratios(config, &workspace, &oracle, &groups)?;
             (signal, Some(reference))
         }
         kind => {
             let path = &config.annotate.reward_model;
             require("reward-model", path)?;
             let model = workspace.reward_model(path, config.model.precision)?;
+            scorer = Workspace::reward_model_hash(&model, config.model.precision);
             (
                 levels(kind, &model, &groups, config.annotate.micro_batch_tokens)?,
                 None,
@@ -128,6 +135,14 @@ pub fn annotate(config: &AnnotateConfig, overwrite: bool) -> Result<Summary> {
     let (report, warnings) = (given.report.clone(), given.warnings.clone());
     let logps = reference_logps.as_deref();
     let records = signals::records(&pairs, &known, given, logps, &workspace.tokenizer)?;
+    let scorer = FileHash {
+        path: config.annotate.scorer().display().to_string(),
+        blake3: scorer,
+    };
+    let weights = [workspace.weights(config.model.precision), scorer];
+    let seed = config.annotate.seed;
+    let manifest = manifest("annotate", seed, &[&config.data.path], &weights)?;
+    write_beside(path, config, &manifest)?;
     signals::write_records(path, &records)?;
     Ok(Summary {
         records: path.clone(),
@@ -141,14 +156,10 @@ pub fn annotate(config: &AnnotateConfig, overwrite: bool) -> Result<Summary> {
 
 type Signals = Vec<[Vec<f32>; 2]>;
 
-fn log_ratios(
-    config: &AnnotateConfig,
-    workspace: &Workspace,
-    groups: &[Group<'_>],
-) -> Result<(Signals, Signals)> {
-    let settings = &config.annotate;
-    require("oracle", &settings.oracle)?;
-    let oracle = workspace.other_policy(&settings.oracle, config.model.precision)?;
+fn oracle(config: &AnnotateConfig, workspace: &Workspace) -> Result<Decoder> {
+    let path = &config.annotate.oracle;
+    require("oracle", path)?;
+    let oracle = workspace.other_policy(path, config.model.precision)?;
     if oracle.config().vocab_size != workspace.decoder.config().vocab_size {
         return Err(Error::Setting {
             key: "oracle",
@@ -156,9 +167,22 @@ fn log_ratios(
             expected: "a model with the vocabulary of `model`",
         });
     }
+    Ok(oracle)
+}
+
+fn log_ratios(
+    config: &AnnotateConfig,
+    workspace: &Workspace,
+    oracle: &Decoder,
+    groups: &[Group<'_>],
+) -> Result<(Signals, Signals)> {
+    let settings = &config.annotate;
     let budget = settings.micro_batch_tokens;
-    let reference = token_logps(&workspace.decoder.detached(), groups, budget)?;
-    let oracle = token_logps(&oracle, groups, budget)?;
+    let reference = &workspace.decoder;
+    let mut done = progress::scoring("reference", groups.len());
+    let reference = token_logps_told(reference, groups, budget, &mut done)?;
+    let mut done = progress::scoring("oracle", groups.len());
+    let oracle = token_logps_told(oracle, groups, budget, &mut done)?;
     let signals = oracle
         .iter()
         .zip(&reference)
@@ -178,7 +202,8 @@ fn levels(
     groups: &[Group<'_>],
     micro_batch_tokens: usize,
 ) -> Result<Signals> {
-    let values = token_values(model, groups, micro_batch_tokens)?;
+    let mut done = progress::scoring("reward model", groups.len());
+    let values = token_values_told(model, groups, micro_batch_tokens, &mut done)?;
     let signal = |group: Vec<crate::score::ResponseValues>| {
         let responses = group.into_iter().map(|values| match kind {
             AnnotatedSignal::Increment => increment(values.prompt_value, &values.levels),

@@ -79,7 +79,7 @@ pub(crate) fn restore(
         match read(path) {
             Ok((step, mut parameters, moments)) => {
                 assign(model, &mut parameters)?;
-                optimizer.restore(&moments)?;
+                optimizer.restore(model, &moments)?;
                 return Ok(step);
             }
             Err(error) => reasons.push(error.to_string()),

@@ -133,6 +133,18 @@ pub enum Error {
         /// The selection rule.
         selection: String,
     },
+    /// Some rows have a signal and this one has none.
+    #[error(
+        "row {row} has no `{side}_signal`, which other responses have: selection `{selection}` needs a signal for every response"
+    )]
+    PartialSignal {
+        /// The row of the data set.
+        row: u64,
+        /// Which response.
+        side: &'static str,
+        /// The selection rule.
+        selection: String,
+    },
     /// The run diverged.
     #[error(
         "the run diverged: `{metric}` is not finite at step {step}{}",

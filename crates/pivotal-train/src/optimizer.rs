@@ -187,11 +187,23 @@ impl NamedAdamW {
         state
     }
 
-    /// Takes back what [`NamedAdamW::state`] gave.
+    /// Takes back what [`NamedAdamW::state`] gave, for the trainable parameters of `model`.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if a moment or a step count is missing or misshapen.
-    pub fn restore(&mut self, state: &BTreeMap<String, HostTensor>) -> Result<()> {
+    /// [`Error::Checkpoint`] if a moment or a step count is missing, or a moment has not its parameter's shape; nothing is
+    /// taken then.
+    pub fn restore(
+        &mut self,
+        model: &mut dyn Parameters,
+        state: &BTreeMap<String, HostTensor>,
+    ) -> Result<()> {
+        let mut shapes = BTreeMap::new();
+        model.visit_parameters(&mut |name, parameter| {
+            if parameter.is_trainable() {
+                shapes.insert(name.to_owned(), parameter.shape());
+            }
+        });
+        let (mut matrices, mut vectors) = (BTreeMap::new(), BTreeMap::new());
         for (key, moment_1) in state {
             let Some(name) = key.strip_suffix(".moment_1") else {
                 continue;
@@ -211,17 +223,28 @@ impl NamedAdamW {
                 .first()
                 .copied()
                 .ok_or_else(|| missing("time"))? as usize;
-            match moment_1.shape().len() {
-                2 => self
-                    .matrices
-                    .insert(name.to_owned(), import(time, moment_1, moment_2)),
-                _ => {
-                    self.vectors
-                        .insert(name.to_owned(), import(time, moment_1, moment_2));
-                    None
+            let shape = shapes.get(name).map(Vec::as_slice).unwrap_or_default();
+            for (what, moment) in [("moment_1", moment_1), ("moment_2", moment_2)] {
+                if moment.shape() != shape {
+                    return Err(Error::Checkpoint {
+                        what: format!(
+                            "`{name}.{what}` of shape {shape:?}: it has one of {:?}",
+                            moment.shape()
+                        ),
+                    });
                 }
-            };
+            }
+            let name = name.to_owned();
+            match shape.len() {
+                2 => {
+                    matrices.insert(name, import(time, moment_1, moment_2));
+                }
+                _ => {
+                    vectors.insert(name, import(time, moment_1, moment_2));
+                }
+            }
         }
+        (self.matrices, self.vectors) = (matrices, vectors);
         Ok(())
     }
 }
@@ -279,4 +302,53 @@ fn import<const D: usize>(
         tensor(moment_1),
         tensor(moment_2),
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Model([Tensor<2>; 1]);
+
+    impl Parameters for Model {
+        fn visit_parameters(&mut self, visit: &mut pivotal_model::Visitor<'_>) {
+            visit("weight", Parameter::Matrix(&mut self.0[0]));
+        }
+    }
+
+    fn model(shape: [usize; 2]) -> Model {
+        let tensor = Tensor::ones(shape, &burn::tensor::Device::flex());
+        Model([tensor.autodiff().require_grad()])
+    }
+
+    #[test]
+    fn moments_of_another_shape_or_of_no_parameter_are_refused() {
+        let mut trained = model([2, 3]);
+        let mut sum = GradientSum::default();
+        let loss = trained.0[0].clone().square().sum();
+        sum.add(&mut trained, &loss.backward());
+        let mut optimizer = NamedAdamW::new(&OptimizerSettings::default());
+        optimizer.step(&mut trained, sum, 0.1, 1).unwrap();
+        let state = optimizer.state();
+
+        let mut again = NamedAdamW::new(&OptimizerSettings::default());
+        again.restore(&mut trained, &state).unwrap();
+        assert_eq!(again.state(), state);
+        let error = again.restore(&mut model([3, 2]), &state).unwrap_err();
+        assert!(error.to_string().contains("[3, 2]"), "{error}");
+        // As many values, in another shape.
+        let mut flat = state.clone();
+        let moment = HostTensor::new(vec![6], vec![0.0; 6]).unwrap();
+        flat.insert("weight.moment_2".into(), moment);
+        let error = again.restore(&mut trained, &flat).unwrap_err();
+        assert!(error.to_string().contains("weight.moment_2"), "{error}");
+        let mut strange = state.clone();
+        for part in ["moment_1", "moment_2", "time"] {
+            let tensor = state[&format!("weight.{part}")].clone();
+            strange.insert(format!("other.{part}"), tensor);
+        }
+        let error = again.restore(&mut trained, &strange).unwrap_err();
+        assert!(error.to_string().contains("other"), "{error}");
+        assert_eq!(again.state(), state);
+    }
 }

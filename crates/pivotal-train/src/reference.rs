@@ -11,8 +11,9 @@ use pivotal_core::{TokenizedPair, content_hash, write_checked};
 use pivotal_model::{Decoder, HostTensor, read_tensors, tensors_to_bytes};
 
 use crate::error::Result;
+use crate::progress;
 use crate::run::write_error;
-use crate::score::{Group, token_logps};
+use crate::score::{Group, token_logps_told};
 
 /// The reference's log-probabilities of each pair's responses, in nats, chosen then rejected; from `cache` if they are
 /// there.
@@ -34,7 +35,9 @@ pub fn pair_logps(
         return Ok(logps);
     }
     let groups: Vec<_> = pairs.iter().map(Group::of_pair).collect();
-    let logps: Vec<[Vec<f32>; 2]> = token_logps(reference, &groups, micro_batch_tokens)?
+    let mut done = progress::scoring("reference", groups.len());
+    let scored = token_logps_told(reference, &groups, micro_batch_tokens, &mut done)?;
+    let logps: Vec<[Vec<f32>; 2]> = scored
         .into_iter()
         .map(|mut sides| {
             let rejected = sides.pop().unwrap_or_default();

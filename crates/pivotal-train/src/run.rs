@@ -205,11 +205,16 @@ impl Run {
     }
 }
 
-/// The manifest of a run that starts now.
+/// The manifest of a run that starts now, on these files and these weights.
 ///
 /// # Errors
 /// [`Error::File`] if an input cannot be read.
-pub fn manifest(recipe: &str, seed: u64, inputs: &[&Path]) -> Result<Manifest> {
+pub fn manifest(
+    recipe: &str,
+    seed: u64,
+    inputs: &[&Path],
+    weights: &[FileHash],
+) -> Result<Manifest> {
     let features = ["avx2", "avx512f", "avx512bf16"];
     let found = features
         .into_iter()
@@ -223,6 +228,7 @@ pub fn manifest(recipe: &str, seed: u64, inputs: &[&Path]) -> Result<Manifest> {
             blake3,
         })
     };
+    let files = inputs.iter().map(hash).collect::<Result<Vec<_>>>()?;
     Ok(Manifest {
         schema_version: SCHEMA_VERSION,
         pivotal_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -232,7 +238,7 @@ pub fn manifest(recipe: &str, seed: u64, inputs: &[&Path]) -> Result<Manifest> {
             .trim_end()
             .to_owned(),
         threads: rayon::current_num_threads(),
-        inputs: inputs.iter().map(hash).collect::<Result<_>>()?,
+        inputs: files.into_iter().chain(weights.iter().cloned()).collect(),
     })
 }
 
@@ -248,6 +254,27 @@ fn processor_features() -> [bool; 3] {
 #[cfg(not(target_arch = "x86_64"))]
 fn processor_features() -> [bool; 3] {
     [false; 3]
+}
+
+/// Writes the resolved configuration and the manifest beside a result that is one file: `<file>.config.toml` and
+/// `<file>.manifest.json`.
+pub(crate) fn write_beside(
+    path: &Path,
+    config: &impl Serialize,
+    manifest: &Manifest,
+) -> Result<()> {
+    let beside = |name: &str| {
+        let mut file = path.file_name().unwrap_or_default().to_owned();
+        file.push(".");
+        file.push(name);
+        path.with_file_name(file)
+    };
+    let manifest = serde_json::to_string_pretty(manifest).expect("a manifest is plain data");
+    write_atomic(&beside(MANIFEST), format!("{manifest}\n").as_bytes())?;
+    Ok(write_atomic(
+        &beside(CONFIG),
+        show_config(config).as_bytes(),
+    )?)
 }
 
 /// The manifest that is there: what makes a directory a run, which may be resumed or overwritten.
@@ -267,23 +294,17 @@ fn same_run(path: &Path, manifest: &Manifest) -> Result<()> {
     if stored.recipe != manifest.recipe {
         return other(format!("it is a run of `{}`", stored.recipe));
     }
-    let hashes = |manifest: &Manifest| -> Vec<String> {
-        manifest
-            .inputs
-            .iter()
-            .map(|input| input.blake3.clone())
-            .collect()
-    };
-    match hashes(&stored) == hashes(manifest) {
+    if stored.inputs.len() != manifest.inputs.len() {
+        return other("it was made of other inputs".to_owned());
+    }
+    let inputs = stored.inputs.iter().zip(&manifest.inputs);
+    let changed: Vec<String> = inputs
+        .filter(|(stored, given)| stored.blake3 != given.blake3)
+        .map(|(_, given)| format!("`{}`", given.path))
+        .collect();
+    match changed.is_empty() {
         true => Ok(()),
-        false => {
-            let names: Vec<String> = manifest
-                .inputs
-                .iter()
-                .map(|input| format!("`{}`", input.path))
-                .collect();
-            other(format!("{} changed since it began", names.join(" or ")))
-        }
+        false => other(format!("{} changed since it began", changed.join(" and "))),
     }
 }
 
@@ -339,7 +360,7 @@ mod tests {
             seed,
             ..RunSettings::default()
         };
-        Run::open(path, mode, &config, &manifest("dpo", seed, &[])?)
+        Run::open(path, mode, &config, &manifest("dpo", seed, &[], &[])?)
     }
 
     #[test]

@@ -58,6 +58,16 @@ pub fn token_logps(
     groups: &[Group<'_>],
     micro_batch_tokens: usize,
 ) -> Result<Vec<Vec<Vec<f32>>>> {
+    token_logps_told(decoder, groups, micro_batch_tokens, &mut |_| ())
+}
+
+/// [`token_logps`], which tells `done` how many groups it has been through, pass by pass.
+pub(crate) fn token_logps_told(
+    decoder: &Decoder,
+    groups: &[Group<'_>],
+    micro_batch_tokens: usize,
+    done: &mut dyn FnMut(usize),
+) -> Result<Vec<Vec<Vec<f32>>>> {
     let decoder = decoder.detached();
     let mut all = Vec::with_capacity(groups.len());
     for range in ranges(groups, micro_batch_tokens)? {
@@ -66,10 +76,11 @@ pub fn token_logps(
         let gathers = pack.gather(|_, _| true);
         if gathers.is_empty() {
             all.extend(groups.iter().map(|_| Vec::new()));
-            continue;
+        } else {
+            let logps = values(decoder.token_logps(&decoder.hidden(&pack)?, &gathers));
+            all.extend(split(groups, &logps));
         }
-        let logps = values(decoder.token_logps(&decoder.hidden(&pack)?, &gathers));
-        all.extend(split(groups, &logps));
+        done(all.len());
     }
     Ok(all)
 }
@@ -82,6 +93,16 @@ pub fn token_values(
     model: &RewardModel,
     groups: &[Group<'_>],
     micro_batch_tokens: usize,
+) -> Result<Vec<Vec<ResponseValues>>> {
+    token_values_told(model, groups, micro_batch_tokens, &mut |_| ())
+}
+
+/// [`token_values`], which tells `done` how many groups it has been through, pass by pass.
+pub(crate) fn token_values_told(
+    model: &RewardModel,
+    groups: &[Group<'_>],
+    micro_batch_tokens: usize,
+    done: &mut dyn FnMut(usize),
 ) -> Result<Vec<Vec<ResponseValues>>> {
     let model = model.detached();
     let mut all = Vec::with_capacity(groups.len());
@@ -101,6 +122,7 @@ pub fn token_values(
             });
             all.push(scored.collect());
         }
+        done(all.len());
     }
     Ok(all)
 }
@@ -143,4 +165,35 @@ pub(crate) fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
         .into_data()
         .try_to_vec::<f32>()
         .expect("models compute in f32")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::Device;
+    use pivotal_model::{HeadInit, load};
+
+    #[test]
+    fn scoring_tells_after_each_pass_how_far_it_is() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../pivotal-model/tests/golden/llama");
+        let precision = pivotal_ops::Precision::F32;
+        let checkpoint = load(&path).unwrap();
+        let decoder = Decoder::from_checkpoint(&checkpoint, &Device::flex(), precision).unwrap();
+        let group = |responses: usize| Group {
+            prompt: &[3, 4],
+            responses: vec![&[5, 6, 7]; responses],
+        };
+        let groups = [group(1), group(2), group(1), group(0)];
+        let (mut logps, mut levels) = (Vec::new(), Vec::new());
+        let scored = token_logps_told(&decoder, &groups, 13, &mut |done| logps.push(done)).unwrap();
+        assert_eq!(logps, [2, 4]);
+        assert_eq!(
+            scored.iter().map(Vec::len).collect::<Vec<_>>(),
+            [1, 2, 1, 0]
+        );
+        let model = RewardModel::new(decoder, HeadInit::Zero, 1).unwrap();
+        token_values_told(&model, &groups, 1, &mut |done| levels.push(done)).unwrap();
+        assert_eq!(levels, [1, 2, 3, 4]);
+    }
 }

@@ -1,6 +1,6 @@
 //! The tables that recipes share. Precedence: default, then file, then flag; nothing else.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Arg, ArgMatches, Command, ValueEnum};
 use pivotal_credit::CreditConfig;
@@ -421,6 +421,14 @@ table! {
 }
 
 impl AnnotateSettings {
+    /// Where the model lies whose scores become the signal.
+    pub(crate) fn scorer(&self) -> &Path {
+        match self.signal {
+            AnnotatedSignal::LogRatio => &self.oracle,
+            AnnotatedSignal::Level | AnnotatedSignal::Increment => &self.reward_model,
+        }
+    }
+
     /// Checks every number's domain.
     ///
     /// # Errors

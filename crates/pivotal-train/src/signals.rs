@@ -119,7 +119,7 @@ pub fn from_records(path: &Path, pairs: &[TokenizedPair]) -> Result<(Vec<PairSig
 /// Baselines and offsets that depend on a batch are resolved over the whole data set. `all` needs no signal.
 ///
 /// # Errors
-/// [`Error::NoSignal`] naming the selection; [`Error::Credit`] for a rule or a signal that does not hold up.
+/// [`Error::NoSignal`] naming the selection, [`Error::PartialSignal`] naming the first response without; [`Error::Credit`] for a rule or a signal that does not hold up.
 pub fn assign(
     pairs: &[TokenizedPair],
     signals: &[PairSignals],
@@ -135,14 +135,22 @@ pub fn assign(
             expected: "hard: the losses of these recipes take masks, not weights",
         });
     }
-    let has_signal = signals
-        .iter()
-        .all(|pair| pair.signal.iter().all(Option::is_some));
-    if !has_signal {
-        if rule.selection != Selection::All {
-            return Err(Error::NoSignal {
-                selection: rule.selection.to_string(),
-            });
+    if let Some((row, side)) = first_without_signal(pairs, signals) {
+        let any = signals
+            .iter()
+            .flat_map(|pair| &pair.signal)
+            .any(Option::is_some);
+        let selection = rule.selection.to_string();
+        match (rule.selection, any) {
+            (Selection::All, _) => {}
+            (_, true) => {
+                return Err(Error::PartialSignal {
+                    row,
+                    side: side_name(side),
+                    selection,
+                });
+            }
+            (_, false) => return Err(Error::NoSignal { selection }),
         }
         let keep = |pair: &TokenizedPair| {
             [
@@ -281,6 +289,18 @@ pub fn write_records(path: &Path, records: &[CreditRecord]) -> Result<()> {
         bytes.push(b'\n');
     }
     Ok(write_atomic(path, &bytes)?)
+}
+
+fn first_without_signal(pairs: &[TokenizedPair], signals: &[PairSignals]) -> Option<(u64, Side)> {
+    let mut sides = pairs.iter().zip(signals).flat_map(|(pair, known)| {
+        let of = |side: usize| {
+            known.signal[side]
+                .is_none()
+                .then_some((pair.id, SIDES[side]))
+        };
+        [of(0), of(1)]
+    });
+    sides.find_map(|side| side)
 }
 
 fn texts(pairs: &[TokenizedPair], tokenizer: &Tokenizer) -> Result<Vec<Vec<String>>> {

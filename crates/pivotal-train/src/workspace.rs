@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use pivotal_core::{TokenizerSource, content_hash};
+use pivotal_core::{ContentHasher, FileHash, TokenizerSource};
 use pivotal_data::{ChatTemplate, SpecialTokens, Tokenizer};
 use pivotal_model::{
-    AdapterTask, Checkpoint, Decoder, LoraAdapter, RewardModel, load, save, tensors_to_bytes,
+    AdapterTask, Checkpoint, Decoder, DecoderConfig, LoraAdapter, Parameters, RewardModel, load,
+    save,
 };
 
 use crate::error::{Error, Result};
@@ -14,7 +15,7 @@ use crate::settings::{LoraSettings, ModelSettings, Precision};
 
 /// A loaded model, and what its text needs.
 pub struct Workspace {
-    /// The checkpoint, without its weights once [`Workspace::decoder`] has them.
+    /// The checkpoint without its weights, which [`Workspace::decoder`] has; a value head stays.
     pub checkpoint: Checkpoint,
     /// The decoder, frozen, with the adapter that the settings name, if any.
     pub decoder: Decoder,
@@ -60,13 +61,11 @@ impl Workspace {
             ChatTemplate::new("chat_template", source, bos.as_deref(), eos.as_deref())
         });
         let template = template.transpose()?;
-        let mut decoder = decoder(&checkpoint, settings.precision)?;
+        let mut decoder = take_decoder(&mut checkpoint, settings.precision)?;
         if !settings.adapter.as_os_str().is_empty() {
             let adapter = LoraAdapter::load(&adapter_path(&settings.adapter))?;
             decoder = decoder.with_adapter(&adapter)?;
         }
-        // The weights now live in the decoder: one copy is enough. A value head stays.
-        checkpoint.tensors.retain(|name, _| name == "score.weight");
         Ok(Self {
             checkpoint,
             decoder,
@@ -160,9 +159,10 @@ impl Workspace {
             let decoder = self.decoder.base().with_adapter(&adapter)?;
             return Ok(RewardModel::with_head(decoder, head)?.detached());
         }
-        let checkpoint = load(&model_path(path))?;
+        let mut checkpoint = load(&model_path(path))?;
+        let decoder = take_decoder(&mut checkpoint, precision)?;
         let head = checkpoint.value_head().ok_or_else(missing)?;
-        Ok(RewardModel::with_head(decoder(&checkpoint, precision)?, head)?.detached())
+        Ok(RewardModel::with_head(decoder, head)?.detached())
     }
 
     /// Another policy on this model's tokenizer, off the tape: a run, adapter or model directory, or a GGUF file.
@@ -175,31 +175,55 @@ impl Workspace {
             let adapter = LoraAdapter::load(&adapter)?;
             return Ok(self.decoder.base().with_adapter(&adapter)?.detached());
         }
-        decoder(&load(&model_path(path))?, precision)
+        take_decoder(&mut load(&model_path(path))?, precision)
     }
 
     /// A hash of everything that decides a log-probability besides the tokens: weights, adapter, precision.
-    ///
-    /// # Errors
-    /// Never, for weights that came from a file.
-    pub fn decoder_hash(decoder: &Decoder, precision: Precision) -> Result<String> {
-        use pivotal_model::Parameters;
-        let mut hashes = format!("{precision:?} {:?}\n", decoder.config());
-        let mut outcome = Ok(());
-        decoder.clone().visit_parameters(&mut |name, parameter| {
-            let one = std::iter::once((name.to_owned(), parameter.to_host())).collect();
-            match tensors_to_bytes(&one) {
-                Ok(bytes) => hashes.push_str(&content_hash(&bytes)),
-                Err(error) => outcome = Err(error.into()),
-            }
-        });
-        outcome.map(|()| content_hash(hashes.as_bytes()))
+    pub fn decoder_hash(decoder: &Decoder, precision: Precision) -> String {
+        weights_hash(&mut decoder.clone(), decoder.config(), precision)
+    }
+
+    /// The same of a reward model's values.
+    pub fn reward_model_hash(model: &RewardModel, precision: Precision) -> String {
+        weights_hash(&mut model.clone(), model.decoder.config(), precision)
+    }
+
+    /// The starting weights as an input of a run, by the path of the model: a run that is resumed on others is another run.
+    pub fn weights(&self, precision: Precision) -> FileHash {
+        FileHash {
+            path: self.path.display().to_string(),
+            blake3: Self::decoder_hash(&self.decoder, precision),
+        }
     }
 }
 
+fn weights_hash(
+    model: &mut impl Parameters,
+    config: &DecoderConfig,
+    precision: Precision,
+) -> String {
+    let mut hasher = ContentHasher::default();
+    hasher.update(format!("{precision:?} {config:?}\n").as_bytes());
+    let mut bytes = Vec::with_capacity(size_of::<f32>() * HASHED_VALUES);
+    model.visit_parameters(&mut |name, parameter| {
+        // One tensor at a time is copied, and its bytes a piece at a time.
+        let tensor = parameter.to_host();
+        hasher.update(format!("{name} {:?}\n", tensor.shape()).as_bytes());
+        for values in tensor.values().chunks(HASHED_VALUES) {
+            bytes.clear();
+            bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+            hasher.update(&bytes);
+        }
+    });
+    hasher.finish()
+}
+
+/// Values hashed at a time.
+const HASHED_VALUES: usize = 1 << 14;
+
 /// Computes are on the processor: Burn's Flex device.
-fn decoder(checkpoint: &Checkpoint, precision: Precision) -> Result<Decoder> {
-    Ok(Decoder::from_checkpoint(
+fn take_decoder(checkpoint: &mut Checkpoint, precision: Precision) -> Result<Decoder> {
+    Ok(Decoder::take_from(
         checkpoint,
         &Device::flex(),
         precision.into(),

@@ -31,6 +31,7 @@ use crate::bench::outcome::Outcome;
 use crate::bench::subject::Subject;
 use crate::failure::Failure;
 use crate::machine;
+use crate::output::print_line;
 
 /// `pivotal bench`.
 #[derive(Args, Clone, Debug)]
@@ -122,7 +123,10 @@ impl Settings {
     pub(crate) fn run(self, threads: usize) -> Result<(), Failure> {
         self.check_output()?;
         let subject = Subject::load(&self)?;
-        println!("model: {}\ndata: {}\n", subject.model, subject.data);
+        print_line(&format!(
+            "model: {}\ndata: {}\n",
+            subject.model, subject.data
+        ))?;
         let json = self.json.clone();
         let suites = self.suites.clone();
         let bench = Bench {
@@ -147,7 +151,7 @@ impl Settings {
             for outcome in &mut outcomes {
                 outcome.under(&ceiling, precision);
             }
-            println!("{}", table::text(&outcomes, Some(&ceiling)));
+            print_line(&table::text(&outcomes, Some(&ceiling)))?;
             results.extend(outcomes);
         }
         let Some(path) = json else { return Ok(()) };

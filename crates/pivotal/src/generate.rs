@@ -1,6 +1,5 @@
 //! `pivotal generate`: samples responses, one JSON line each.
 
-use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -12,6 +11,7 @@ use pivotal_train::workspace::Workspace;
 use serde::Serialize;
 
 use crate::failure::Failure;
+use crate::output::print;
 
 /// `pivotal generate`.
 #[derive(Args)]
@@ -167,9 +167,7 @@ impl Generate {
         }
         match &self.out {
             Some(out) => Ok(write_atomic(out, &lines)?),
-            None => std::io::stdout()
-                .write_all(&lines)
-                .map_err(|error| Failure::system(&error)),
+            None => print(&lines),
         }
     }
 

@@ -9,6 +9,7 @@ use pivotal_lab::{GridSettings, grid};
 
 use crate::failure::Failure;
 use crate::machine;
+use crate::output::print_line;
 
 /// `pivotal lab`.
 #[derive(Args)]
@@ -41,12 +42,11 @@ impl Lab {
                 let threads = machine::threads(threads);
                 let settings = GridSettings { seeds, threads };
                 let result = grid(&settings, &mut |line| eprintln!("{line}"))?;
-                println!(
+                print_line(&format!(
                     "start policy: {:.3}\n\n{}",
                     result.start,
                     result.to_markdown()
-                );
-                Ok(())
+                ))
             }
         }
     }
@@ -71,12 +71,9 @@ fn make_start_policy(out: Option<PathBuf>) -> Result<(), Failure> {
     if let Some(out) = out {
         write_atomic(&out, &bytes)?;
     }
-    println!("{} bytes, BLAKE3 {found}", bytes.len());
+    print_line(&format!("{} bytes, BLAKE3 {found}", bytes.len()))?;
     match found == embedded {
-        true => {
-            println!("these are the embedded bytes");
-            Ok(())
-        }
+        true => print_line("these are the embedded bytes"),
         false => Err(Failure::system(&format!(
             "the embedded bytes are {embedded}: on a processor without AVX-512 products are summed in another order, \
              and training carries the difference on"

@@ -9,6 +9,7 @@ use pivotal_train::workspace::Workspace;
 use serde::Serialize;
 
 use crate::failure::Failure;
+use crate::output::print_line;
 
 /// `pivotal logps`.
 #[derive(Args)]
@@ -77,8 +78,7 @@ impl Logps {
             token_ids,
             token_logps,
         });
-        println!("{}", line.map_err(|error| Failure::system(&error))?);
-        Ok(())
+        print_line(&line.map_err(|error| Failure::system(&error))?)
     }
 }
 

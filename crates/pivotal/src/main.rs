@@ -13,6 +13,7 @@ mod generate;
 mod lab;
 mod logps;
 mod machine;
+mod output;
 mod quickstart;
 mod recipes;
 

@@ -10,6 +10,7 @@ use pivotal_report::{Colour, Report};
 
 use crate::failure::Failure;
 use crate::machine;
+use crate::output::print_line;
 
 /// `pivotal quickstart`.
 #[derive(Args)]
@@ -59,11 +60,10 @@ impl Quickstart {
         write_atomic(&self.out.join("study.json"), study.to_json()?.as_bytes())?;
         write_atomic(&self.out.join("report.md"), report.markdown().as_bytes())?;
         write_atomic(&self.out.join("report.html"), report.html()?.as_bytes())?;
-        println!("{}", report.terminal(Colour::Never));
-        println!(
+        print_line(&report.terminal(Colour::Never))?;
+        print_line(&format!(
             "in {:.0} s; the report with pictures: {out}/report.html",
             begin.elapsed().as_secs_f64()
-        );
-        Ok(())
+        ))
     }
 }

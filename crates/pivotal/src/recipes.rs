@@ -12,6 +12,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::failure::Failure;
+use crate::output::{print, print_line};
 
 /// What every recipe takes besides its own flags.
 #[derive(Args)]
@@ -86,8 +87,7 @@ macro_rules! recipe_command {
                     config.run.out = run.to_path_buf();
                 }
                 if self.common.show_config {
-                    print!("{}", show_config(&config));
-                    return Ok(());
+                    return print(show_config(&config).as_bytes());
                 }
                 $say(&$train(&config, mode)?)
             }
@@ -125,8 +125,7 @@ impl Annotate {
         let flags = self.flags;
         let config: AnnotateConfig = resolve(&self.common, None, |config| flags.apply(config))?;
         if self.common.show_config {
-            print!("{}", show_config(&config));
-            return Ok(());
+            return print(show_config(&config).as_bytes());
         }
         let summary = pivotal_train::annotate::annotate(&config, self.overwrite)?;
         warn(&summary.warnings);
@@ -148,6 +147,5 @@ fn warn(warnings: &[String]) {
 /// The summary as JSON: for people who read it, and for programs.
 fn say(summary: &impl Serialize) -> Result<(), Failure> {
     let text = serde_json::to_string_pretty(summary).map_err(|error| Failure::system(&error))?;
-    println!("{text}");
-    Ok(())
+    print_line(&text)
 }

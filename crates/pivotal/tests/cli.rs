@@ -4,6 +4,8 @@
 mod bad_input;
 #[path = "cli/bench.rs"]
 mod bench;
+#[path = "cli/output.rs"]
+mod output;
 #[path = "cli/recipes.rs"]
 mod recipes;
 #[path = "cli/resume.rs"]

@@ -126,10 +126,10 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
     let mut policy = workspace.trainable(&config.lora, seed)?;
     // What the policy starts as, an adapter that it starts from included: the first step's loss is ln 2.
     let reference = workspace.decoder.detached();
-    let hash = Workspace::decoder_hash(&reference, config.model.precision)?;
+    let weights = workspace.weights(config.model.precision);
     let budget = config.optimizer.micro_batch_tokens;
     let cache = reference_cache(config);
-    let reference_logps = pair_logps(&reference, &pairs, budget, &cache, &hash)?;
+    let reference_logps = pair_logps(&reference, &pairs, budget, &cache, &weights.blake3)?;
     drop(reference);
 
     let mut optimizer = NamedAdamW::new(&config.optimizer);
@@ -138,7 +138,12 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
         .into_iter()
         .filter(|path| !path.as_os_str().is_empty())
         .collect();
-    let mut run = Run::open(out, mode, config, &manifest("dpo", seed, &inputs)?)?;
+    let mut run = Run::open(
+        out,
+        mode,
+        config,
+        &manifest("dpo", seed, &inputs, &[weights])?,
+    )?;
     let start = match mode {
         StartMode::Resume => checkpoint::restore(out, &mut policy, &mut optimizer)?,
         _ => 0,

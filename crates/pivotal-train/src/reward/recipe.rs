@@ -83,12 +83,13 @@ pub fn train(config: &RewardConfig, mode: StartMode) -> Result<Summary> {
     let seed = config.run.seed;
     let decoder = workspace.trainable(&config.lora, seed)?;
     let mut model = RewardModel::new(decoder, config.reward.head_init.into(), seed)?;
+    let weights = workspace.weights(config.model.precision);
     let mut optimizer = NamedAdamW::new(&config.optimizer);
     let mut run = Run::open(
         out,
         mode,
         config,
-        &manifest("reward", seed, &[&config.data.path])?,
+        &manifest("reward", seed, &[&config.data.path], &[weights])?,
     )?;
     let start = match mode {
         StartMode::Resume => checkpoint::restore(out, &mut model, &mut optimizer)?,

@@ -100,12 +100,13 @@ pub fn train(config: &SftConfig, mode: StartMode) -> Result<Summary> {
 
     let seed = config.run.seed;
     let mut policy = workspace.trainable(&config.lora, seed)?;
+    let weights = workspace.weights(config.model.precision);
     let mut optimizer = NamedAdamW::new(&config.optimizer);
     let mut run = Run::open(
         out,
         mode,
         config,
-        &manifest("sft", seed, &[&config.data.path])?,
+        &manifest("sft", seed, &[&config.data.path], &[weights])?,
     )?;
     let start = match mode {
         StartMode::Resume => checkpoint::restore(out, &mut policy, &mut optimizer)?,

@@ -68,6 +68,19 @@ fn signals_are_checked() {
         let error = scratch.bad("dpo --model MODEL --data signal.jsonl --out run", "run");
         says(&error, &["signal.jsonl", "1"]);
     }
+    // In the second row alone; the third lacks one side.
+    let bare = r#"{"prompt": "a", "chosen": "b", "rejected": "c"}"#;
+    let whole = row("[0.5, -0.25]");
+    let half = whole.replace("\"rejected_signal\": [0.5, -1]", "\"x\": 1");
+    scratch.write("partial.jsonl", format!("{whole}\n{bare}\n{whole}"));
+    let partial = "dpo --model MODEL --data partial.jsonl --out run";
+    says(
+        &scratch.bad(partial, "run"),
+        &["row 2", "chosen_signal", "agree"],
+    );
+    scratch.write("partial.jsonl", format!("{whole}\n{whole}\n{half}"));
+    let error = scratch.bad(partial, "run");
+    says(&error, &["row 3"]);
     scratch.write("signal.jsonl", row("[0.5, -0.25]"));
     scratch.good("dpo --model MODEL --data signal.jsonl --out run");
 

@@ -39,6 +39,17 @@ fn the_whole_chain_runs_from_reward_to_masked_dpo() {
     ));
     scratch.good(&format!("dpo {common} --credit-selection all --out oracle"));
     scratch.good(&format!("{annotate} --oracle oracle --records ratio.jsonl"));
+    let manifest: serde_json::Value =
+        serde_json::from_str(&scratch.read("ratio.jsonl.manifest.json")).unwrap();
+    assert_eq!(manifest["recipe"], "annotate");
+    assert_eq!(manifest["inputs"].as_array().unwrap().len(), 3);
+    assert_ne!(
+        manifest["inputs"][1]["blake3"],
+        manifest["inputs"][2]["blake3"]
+    );
+    let ratio = scratch.read("ratio.jsonl");
+    scratch.good("annotate --config ratio.jsonl.config.toml --overwrite");
+    assert_eq!(scratch.read("ratio.jsonl"), ratio);
 
     let records: Vec<Value> = scratch.read("ratio.jsonl").lines().map(json).collect();
     assert_eq!(records.len(), 8);

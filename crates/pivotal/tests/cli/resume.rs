@@ -88,6 +88,49 @@ fn a_run_cut_short_before_its_first_checkpoint_begins_again() {
 }
 
 #[test]
+fn a_run_on_another_base_model_is_not_resumed() {
+    let scratch = Scratch::new();
+    let base = scratch.path("base");
+    std::fs::create_dir(&base).unwrap();
+    for file in std::fs::read_dir(super::golden("llama")).unwrap() {
+        let file = file.unwrap();
+        if file.file_type().unwrap().is_file() {
+            std::fs::copy(file.path(), base.join(file.file_name())).unwrap();
+        }
+    }
+    for recipe in ["dpo --credit-selection all", "sft", "reward"] {
+        let name = recipe.split_whitespace().next().unwrap();
+        scratch.good(&format!(
+            "{recipe} --model base --data pairs.jsonl --steps 1 --out {name}"
+        ));
+        scratch.good(&format!("{name} --resume {name}"));
+    }
+    // One weight of the embedding, in the file itself.
+    let weights = base.join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 0x01;
+    std::fs::write(&weights, bytes).unwrap();
+    let _ = std::fs::remove_file(base.join("model.safetensors.blake3"));
+    for name in ["dpo", "sft", "reward"] {
+        says(
+            &scratch.bad(&format!("{name} --resume {name}"), ""),
+            &["`base` changed"],
+        );
+    }
+}
+
+#[test]
+fn a_run_with_recomputed_activations_is_the_same_run() {
+    let scratch = Scratch::new();
+    scratch.good(&format!("{RUN} --out kept"));
+    for (name, activations) in [("all", "recompute"), ("some", "1MiB"), ("none", "0MiB")] {
+        scratch.good(&format!("{RUN} --out {name} --activations {activations}"));
+        assert!(files(&scratch, "kept") == files(&scratch, name), "{name}");
+    }
+}
+
+#[test]
 fn a_finished_or_moved_run_resumes_to_the_same_summary() {
     let scratch = Scratch::new();
     scratch.good(&format!("{RUN} --out run"));
