@@ -3,6 +3,7 @@
 
 use pivotal_core::Sign;
 
+use crate::score::sum_of_first;
 use crate::{Between, Neutral, SchmittTrigger, Score, agree};
 
 /// The `agree` mask of Schmitt-trigger segments; `trigger` is fresh.
@@ -98,20 +99,60 @@ pub fn jump_mask(
     keep: &mut [bool],
 ) {
     assert_eq!(signal.len(), keep.len(), "one flag a token");
+    let decide = |score: f32| agree(Sign::of(score, baseline, offset), sequence_sign, neutral);
     let mut start = 0;
-    while start < signal.len() {
-        let end = next_jump(signal, start, threshold);
-        let sign = Sign::of(score.of(&signal[start..end]), baseline, offset);
-        keep[start..end].fill(agree(sign, sequence_sign, neutral));
+    // Ascending, so that what is written beyond a segment's end is overwritten by those after it.
+    let mut close = |end: usize| {
+        let len = end - start;
+        match (score, signal[start..].first_chunk::<8>()) {
+            (Score::Mean | Score::Sum | Score::Last, Some(window)) if (1..=8).contains(&len) => {
+                let value = match score {
+                    Score::Mean => (sum_of_first(len, window) / len as f64) as f32,
+                    Score::Sum => sum_of_first(len, window) as f32,
+                    _ => window[len - 1],
+                };
+                keep[start..start + 8].copy_from_slice(&[decide(value); 8]);
+            }
+            _ => keep[start..end].fill(decide(score.of(&signal[start..end]))),
+        }
         start = end;
+    };
+    for first in (0..signal.len()).step_by(WORD) {
+        let mut jumps = jumps(signal, first, threshold);
+        while jumps != 0 {
+            close(first + jumps.trailing_zeros() as usize);
+            jumps &= jumps - 1;
+        }
     }
+    close(signal.len());
 }
 
-/// The first token after `start` that begins a segment, or the end.
-fn next_jump(signal: &[f32], start: usize, threshold: f32) -> usize {
-    let jumps = |pair: &[f32]| (pair[1] - pair[0]).abs() > threshold;
-    match signal[start..].windows(2).position(jumps) {
-        Some(steps) => start + steps + 1,
-        None => signal.len(),
-    }
+/// Tokens whose cuts make one machine word.
+const WORD: usize = 64;
+
+/// A bit for each of the tokens from `first` on that begins a segment: found without branches, which where cuts are many
+/// would be mispredicted at every one.
+#[inline]
+fn jumps(signal: &[f32], first: usize, threshold: f32) -> u64 {
+    let mut flags = [false; WORD];
+    let flag = |flags: &mut [bool], before: &[f32], at: &[f32]| {
+        for ((flag, before), at) in flags.iter_mut().zip(before).zip(at) {
+            *flag = (at - before).abs() > threshold;
+        }
+    };
+    // Nothing comes before the first token, so it is compared with itself and begins no segment but the first.
+    let last = (first + WORD).min(signal.len());
+    let from = first.max(1);
+    flag(
+        &mut flags[from - first..],
+        &signal[from - 1..last.max(from) - 1],
+        &signal[from..last.max(from)],
+    );
+    let (bytes, _) = flags.as_chunks::<8>();
+    bytes.iter().enumerate().fold(0, |word, (index, byte)| {
+        let byte = u64::from_le_bytes(byte.map(u8::from));
+        // Brings the lowest bit of byte i to bit 56 + i.
+        let bits = byte.wrapping_mul(0x0102_0408_1020_4080) >> 56;
+        word | bits << (8 * index)
+    })
 }

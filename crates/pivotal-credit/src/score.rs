@@ -45,7 +45,10 @@ impl Score {
     }
 }
 
-/// Eight interleaved partial sums, so that the compiler can keep them in vector registers.
+/// The sum in f64, in an order fixed by the length.
+///
+/// Element i goes to lane i modulo eight, so that the compiler can keep the lanes in vector registers; the lanes are added in
+/// pairs.
 #[inline]
 fn sum(signal: &[f32]) -> f64 {
     let (chunks, rest) = signal.as_chunks::<8>();
@@ -55,6 +58,22 @@ fn sum(signal: &[f32]) -> f64 {
             *lane += f64::from(reward);
         }
     }
-    let tail: f64 = rest.iter().map(|&reward| f64::from(reward)).sum();
-    lanes.iter().sum::<f64>() + tail
+    for (lane, &reward) in lanes.iter_mut().zip(rest) {
+        *lane += f64::from(reward);
+    }
+    sum_lanes(lanes)
+}
+
+#[inline]
+fn sum_lanes(lanes: [f64; 8]) -> f64 {
+    let four: [f64; 4] = std::array::from_fn(|lane| lanes[lane] + lanes[lane + 4]);
+    (four[0] + four[2]) + (four[1] + four[3])
+}
+
+/// [`sum`] of the first `len` of eight elements, `len` at most 8, without a branch on it.
+#[inline]
+pub(crate) fn sum_of_first(len: usize, window: &[f32; 8]) -> f64 {
+    sum_lanes(std::array::from_fn(|lane| {
+        f64::from(if lane < len { window[lane] } else { 0.0 })
+    }))
 }
