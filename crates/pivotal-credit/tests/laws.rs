@@ -12,7 +12,7 @@ use proptest::prelude::*;
 fn signal() -> impl Strategy<Value = Vec<f32>> {
     prop::collection::vec(
         (-8..=8_i8).prop_map(|quarters| f32::from(quarters) / 4.0),
-        0..80,
+        0..200,
     )
 }
 
