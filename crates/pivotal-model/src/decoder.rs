@@ -275,6 +275,7 @@ impl Decoder {
         .expect(
             "a pack's spans tile it and the configuration's heads were checked when it was read",
         )
+        .with_precision(self.precision)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use burn::tensor::{Bool, Device, Tensor, TensorData};
-use pivotal_kernels::{AttentionPlan, AttentionShape, RopeTable, Span};
+use pivotal_kernels::{AttentionPlan, AttentionShape, Precision, RopeTable, Span};
 
 /// A layout that cannot be attended over.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -137,6 +137,30 @@ impl AttentionLayout {
                 dense: OnceLock::new(),
             }),
         })
+    }
+
+    /// The same layout with the operands of attention's products rounded like this; they are f32 otherwise.
+    #[must_use]
+    pub fn with_precision(self, precision: Precision) -> Self {
+        // Only a layout that nobody shares yet is taken apart; a shared one is made again from what it was made of.
+        let plan = match Arc::try_unwrap(self.plan) {
+            Ok(plan) => LayoutPlan {
+                attention: plan.attention.with_precision(precision),
+                ..plan
+            },
+            Err(shared) => LayoutPlan {
+                attention: shared.attention.clone().with_precision(precision),
+                rope: shared.rope.clone(),
+                spans: shared.spans.clone(),
+                inverse_frequencies: shared.inverse_frequencies.clone(),
+                rope_attention_scale: shared.rope_attention_scale,
+                device: shared.device.clone(),
+                dense: OnceLock::new(),
+            },
+        };
+        Self {
+            plan: Arc::new(plan),
+        }
     }
 
     /// Tokens in the pack.
