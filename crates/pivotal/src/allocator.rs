@@ -136,21 +136,44 @@ impl Kept {
 mod pages {
     use super::HUGE_PAGE;
 
-    /// New zeroed pages; null where the system has none.
+    /// New zeroed pages; null where the system has none. Where huge pages fit they are asked for, and the block begins at one:
+    /// a page costs the system the same to hand out whatever its size.
     pub(super) fn map(bytes: usize) -> *mut u8 {
-        let access = libc::PROT_READ | libc::PROT_WRITE;
-        let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-        // SAFETY: a new anonymous mapping touches no memory of ours; the advice changes nothing but the size of its pages.
+        if bytes < HUGE_PAGE {
+            return map_anywhere(bytes);
+        }
+        let Some(room) = bytes.checked_add(HUGE_PAGE) else {
+            return std::ptr::null_mut();
+        };
+        let mapping = map_anywhere(room);
+        if mapping.is_null() {
+            return mapping;
+        }
+        let before = mapping.align_offset(HUGE_PAGE);
+        // SAFETY: `before + bytes <= room`; what is unmapped lies in the new mapping, outside the block, and both its ends are
+        // whole pages because `HUGE_PAGE` and a class's bytes are.
         unsafe {
-            let mapping = libc::mmap(std::ptr::null_mut(), bytes, access, kind, -1, 0);
-            if mapping == libc::MAP_FAILED {
-                return std::ptr::null_mut();
+            let block = mapping.add(before);
+            if before > 0 {
+                libc::munmap(mapping.cast(), before);
+            }
+            if room - before > bytes {
+                libc::munmap(block.add(bytes).cast(), room - before - bytes);
             }
             #[cfg(target_os = "linux")]
-            if bytes >= HUGE_PAGE {
-                libc::madvise(mapping, bytes, libc::MADV_HUGEPAGE);
-            }
-            mapping.cast()
+            libc::madvise(block.cast(), bytes, libc::MADV_HUGEPAGE);
+            block
+        }
+    }
+
+    fn map_anywhere(bytes: usize) -> *mut u8 {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new anonymous mapping touches no memory of ours.
+        let mapping = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, kind, -1, 0) };
+        match mapping == libc::MAP_FAILED {
+            true => std::ptr::null_mut(),
+            false => mapping.cast(),
         }
     }
 
