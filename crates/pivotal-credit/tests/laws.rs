@@ -9,10 +9,13 @@ use pivotal_credit::{
 use proptest::prelude::*;
 
 /// Quarters in −2..2: every sum and product below is exact in f32.
+/// Tokens of the longest signal: the fast masks read words of 64.
+const LONGEST: usize = 200;
+
 fn signal() -> impl Strategy<Value = Vec<f32>> {
     prop::collection::vec(
         (-8..=8_i8).prop_map(|quarters| f32::from(quarters) / 4.0),
-        0..200,
+        0..=LONGEST,
     )
 }
 
@@ -104,7 +107,7 @@ proptest! {
     #[test]
     fn segments_tile_under_every_rule(
         signal in signal(), sign in sign(), min_len in 1..6_usize, seed in any::<u64>(),
-        own in prop::collection::vec(any::<bool>(), 80),
+        own in prop::collection::vec(any::<bool>(), LONGEST),
     ) {
         let tokens = signal.len();
         let texts: Vec<&str> = (0..tokens).map(|t| if (seed >> (t % 64)) & 1 == 1 { "x." } else { "y" }).collect();
@@ -203,7 +206,7 @@ proptest! {
     }
 
     #[test]
-    fn sums_and_means_are_conserved(signal in signal(), cuts in prop::collection::vec(any::<bool>(), 80)) {
+    fn sums_and_means_are_conserved(signal in signal(), cuts in prop::collection::vec(any::<bool>(), LONGEST)) {
         let total = Score::Sum.of(&signal);
         let parts: f32 = segments_from_cuts(&cuts[..signal.len()])
             .iter()
