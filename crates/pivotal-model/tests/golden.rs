@@ -31,9 +31,10 @@ const GRADIENTS: f64 = 2e-5;
 /// Two f32 sums of the same terms in another order: attention blocks and products choose their order by the batch.
 const REORDERED: f64 = 2e-5;
 
-/// Log-probabilities with bf16 operands against f64; the largest at one token measured 0.077 (llama), 0.067 (llama_bf16),
-/// 0.092 (llama3), 0.070 (qwen2) and 0.090 (mistral). These checkpoints have logits of 10 and more from 32 to 64 dimensions.
-const BF16_LOGPS: f64 = 0.15;
+/// Log-probabilities with bf16 operands, attention's among them, against f64; the largest at one token measured 0.174
+/// (llama3), where transformers wholly in bf16 is off by 0.202. These checkpoints have logits of 10 and more from 32 to 64
+/// dimensions.
+const BF16_LOGPS: f64 = 0.25;
 
 #[test]
 fn logits_and_log_probabilities_are_those_of_transformers() {
