@@ -13,7 +13,7 @@ pub struct Manifest {
     pub recipe: String,
     /// Seed of every random stream of the run.
     pub seed: u64,
-    /// Where the run computed: `cpu`, with the processor features that chose the kernels.
+    /// Where the run computed: `cpu`, with the processor features that chose the kernels, or the card as it names itself.
     pub device: String,
     /// Threads the run used: for the record, results do not depend on it.
     pub threads: usize,

@@ -15,6 +15,7 @@
 //! them, the layers side by side and their low-rank updates together. A parent that does not require a gradient gets none computed and keeps nothing alive for the others' sake.
 
 mod attention_layout;
+mod device;
 mod extension;
 mod flex;
 mod frozen;
@@ -22,6 +23,7 @@ mod fused;
 pub mod portable;
 
 pub use attention_layout::{AttentionLayout, LayoutError};
+pub use device::{DeviceError, DeviceName, card};
 pub use frozen::{FrozenInput, FrozenLayer, FrozenLinears, LowRank};
 pub use fused::{
     linear, lora_linear, rms_norm, rope_attention, rope_attention_joined, swiglu, token_logps,

@@ -1,7 +1,8 @@
 //! The six operations composed of Burn's own: for devices without fused kernels, and as the oracle of the fused ones.
 //!
 //! Burn differentiates these itself. They take any float type and any device, always compute in the tensor's own
-//! precision, and hold every intermediate in memory; [`token_logps`] does hold `[rows, vocab]`.
+//! precision (a model's is `f32`, whatever [`crate::Precision`] it asks for), and hold every intermediate in memory:
+//! [`token_logps`] holds `[rows, vocab]`, [`rope_attention`] three times `[heads, tokens, tokens]` a layer under autodiff.
 
 use burn::tensor::{Int, Tensor, activation};
 
@@ -43,6 +44,9 @@ pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f32) -> Tensor<2> {
 ///
 /// # Shapes
 /// `q` `[tokens, heads * head_dim]`, `k` and `v` `[tokens, kv_heads * head_dim]`; returns the shape of `q`.
+///
+/// The scores of all pairs of tokens of the pack exist, `[heads, tokens, tokens]`, those between spans that do not see each
+/// other too: memory and work grow with the square of the pack, not of a span. Keep packs short (`--micro-batch-tokens`).
 pub fn rope_attention(
     q: Tensor<2>,
     k: Tensor<2>,

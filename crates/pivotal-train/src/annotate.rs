@@ -141,7 +141,13 @@ pub fn annotate(config: &AnnotateConfig, overwrite: bool) -> Result<Summary> {
     };
     let weights = [workspace.weights(config.model.precision), scorer];
     let seed = config.annotate.seed;
-    let manifest = manifest("annotate", seed, &[&config.data.path], &weights)?;
+    let manifest = manifest(
+        "annotate",
+        seed,
+        workspace.decoder.device(),
+        &[&config.data.path],
+        &weights,
+    )?;
     write_beside(path, config, &manifest)?;
     signals::write_records(path, &records)?;
     Ok(Summary {

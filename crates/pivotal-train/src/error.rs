@@ -17,6 +17,9 @@ pub enum Error {
     /// The model, or one of its files.
     #[error(transparent)]
     Model(#[from] pivotal_model::Error),
+    /// The device asked for cannot be had.
+    #[error("`device` cannot be used: {0}")]
+    Device(#[from] pivotal_ops::DeviceError),
     /// The data set, the tokenizer or the chat template.
     #[error(transparent)]
     Data(#[from] pivotal_data::DataError),
@@ -168,6 +171,8 @@ impl HasKind for Error {
             Self::Data(error) => error.kind(),
             Self::Credit(error) => error.kind(),
             Self::Loss(error) => error.kind(),
+            // Another build would do; a device that is not there is asked for in vain, like a file that is not there.
+            Self::Device(pivotal_ops::DeviceError::NotBuilt(_)) => ErrorKind::System,
             Self::NotFinite { .. } => ErrorKind::NotFinite,
             _ => ErrorKind::Input,
         }

@@ -263,7 +263,17 @@ fn update<const D: usize>(
         None => gradient,
     };
     let value = tensor.clone().without_autodiff();
-    let (value, state) = rule.step(lr, value, gradient, states.remove(name));
+    let device = value.device();
+    // Moments out of a checkpoint are in host memory until their first step.
+    let state = states.remove(name).map(|state| {
+        let there = state.momentum.moment_1.device() == device;
+        if there {
+            state
+        } else {
+            AdamW::to_device(state, &device)
+        }
+    });
+    let (value, state) = rule.step(lr, value, gradient, state);
     *tensor = value.autodiff().require_grad();
     states.extend(state.map(|state| (name.to_owned(), state)));
 }

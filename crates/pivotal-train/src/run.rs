@@ -15,6 +15,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use burn::tensor::Device;
 use pivotal_core::{
     FileError, FileHash, Manifest, SCHEMA_VERSION, content_hash, read_file, write_atomic,
 };
@@ -212,6 +213,7 @@ impl Run {
 pub fn manifest(
     recipe: &str,
     seed: u64,
+    device: &Device,
     inputs: &[&Path],
     weights: &[FileHash],
 ) -> Result<Manifest> {
@@ -234,9 +236,10 @@ pub fn manifest(
         pivotal_version: env!("CARGO_PKG_VERSION").to_owned(),
         recipe: recipe.to_owned(),
         seed,
-        device: format!("cpu {} {}", std::env::consts::ARCH, found.join(" "))
-            .trim_end()
-            .to_owned(),
+        device: pivotal_ops::card(device).unwrap_or_else(|| {
+            let processor = format!("cpu {} {}", std::env::consts::ARCH, found.join(" "));
+            processor.trim_end().to_owned()
+        }),
         threads: rayon::current_num_threads(),
         inputs: files.into_iter().chain(weights.iter().cloned()).collect(),
     })
@@ -360,7 +363,12 @@ mod tests {
             seed,
             ..RunSettings::default()
         };
-        Run::open(path, mode, &config, &manifest("dpo", seed, &[], &[])?)
+        Run::open(
+            path,
+            mode,
+            &config,
+            &manifest("dpo", seed, &Device::flex(), &[], &[])?,
+        )
     }
 
     #[test]

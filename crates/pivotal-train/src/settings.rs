@@ -62,6 +62,33 @@ impl From<Precision> for pivotal_ops::Precision {
     }
 }
 
+/// Where a recipe computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum ComputeDevice {
+    /// The processor.
+    #[default]
+    Cpu,
+    /// An NVIDIA card.
+    Cuda,
+    /// A card with a Vulkan driver.
+    Vulkan,
+    /// An Apple card.
+    Metal,
+}
+
+impl From<ComputeDevice> for pivotal_ops::DeviceName {
+    fn from(device: ComputeDevice) -> Self {
+        match device {
+            ComputeDevice::Cpu => Self::Cpu,
+            ComputeDevice::Cuda => Self::Cuda,
+            ComputeDevice::Vulkan => Self::Vulkan,
+            ComputeDevice::Metal => Self::Metal,
+        }
+    }
+}
+
 /// What is done where the prompt's tokens are not the first tokens of prompt and response together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
@@ -167,6 +194,9 @@ table! {
         "adapter" adapter: PathBuf = PathBuf::new(),
         /// Operands of matrix products: f32 or bf16.
         "precision" precision: Precision = Precision::Bf16,
+        /// Where to compute: cpu, cuda, vulkan or metal.
+        /// All but cpu need a program built with the cargo feature of that name, and multiply in f32.
+        "device" device: ComputeDevice = ComputeDevice::Cpu,
     }
 }
 

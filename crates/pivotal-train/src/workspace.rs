@@ -9,6 +9,7 @@ use pivotal_model::{
     AdapterTask, Checkpoint, Decoder, DecoderConfig, LoraAdapter, Parameters, RewardModel, load,
     save,
 };
+use pivotal_ops::DeviceName;
 
 use crate::error::{Error, Result};
 use crate::settings::{LoraSettings, ModelSettings, Precision};
@@ -53,6 +54,7 @@ impl Workspace {
                 expected: "a model; this run holds an adapter: give `--model BASE --adapter RUN`",
             });
         }
+        let device = DeviceName::from(settings.device).open()?;
         let mut checkpoint = load(&path)?;
         let tokenizer = tokenizer(&checkpoint, &path)?;
         let text = |id: Option<u32>| id.map(|id| tokenizer.token_text(id)).transpose();
@@ -61,7 +63,7 @@ impl Workspace {
             ChatTemplate::new("chat_template", source, bos.as_deref(), eos.as_deref())
         });
         let template = template.transpose()?;
-        let mut decoder = take_decoder(&mut checkpoint, settings.precision)?;
+        let mut decoder = take_decoder(&mut checkpoint, settings.precision, &device)?;
         if !settings.adapter.as_os_str().is_empty() {
             let adapter = LoraAdapter::load(&adapter_path(&settings.adapter))?;
             decoder = decoder.with_adapter(&adapter)?;
@@ -160,7 +162,7 @@ impl Workspace {
             return Ok(RewardModel::with_head(decoder, head)?.detached());
         }
         let mut checkpoint = load(&model_path(path))?;
-        let decoder = take_decoder(&mut checkpoint, precision)?;
+        let decoder = take_decoder(&mut checkpoint, precision, self.decoder.device())?;
         let head = checkpoint.value_head().ok_or_else(missing)?;
         Ok(RewardModel::with_head(decoder, head)?.detached())
     }
@@ -175,24 +177,35 @@ impl Workspace {
             let adapter = LoraAdapter::load(&adapter)?;
             return Ok(self.decoder.base().with_adapter(&adapter)?.detached());
         }
-        take_decoder(&mut load(&model_path(path))?, precision)
+        take_decoder(
+            &mut load(&model_path(path))?,
+            precision,
+            self.decoder.device(),
+        )
     }
 
-    /// A hash of everything that decides a log-probability besides the tokens: weights, adapter, precision.
+    /// A hash of everything that decides a log-probability besides the tokens: weights, adapter, precision, card.
     pub fn decoder_hash(decoder: &Decoder, precision: Precision) -> String {
-        weights_hash(&mut decoder.clone(), decoder.config(), precision)
+        let card = pivotal_ops::card(decoder.device());
+        weights_hash(&mut decoder.clone(), decoder.config(), precision, card)
     }
 
     /// The same of a reward model's values.
     pub fn reward_model_hash(model: &RewardModel, precision: Precision) -> String {
-        weights_hash(&mut model.clone(), model.decoder.config(), precision)
+        let card = pivotal_ops::card(model.decoder.device());
+        weights_hash(&mut model.clone(), model.decoder.config(), precision, card)
     }
 
     /// The starting weights as an input of a run, by the path of the model: a run that is resumed on others is another run.
     pub fn weights(&self, precision: Precision) -> FileHash {
         FileHash {
             path: self.path.display().to_string(),
-            blake3: Self::decoder_hash(&self.decoder, precision),
+            blake3: weights_hash(
+                &mut self.decoder.clone(),
+                self.decoder.config(),
+                precision,
+                None,
+            ),
         }
     }
 }
@@ -201,9 +214,10 @@ fn weights_hash(
     model: &mut impl Parameters,
     config: &DecoderConfig,
     precision: Precision,
+    card: Option<String>,
 ) -> String {
     let mut hasher = ContentHasher::default();
-    hasher.update(format!("{precision:?} {config:?}\n").as_bytes());
+    hasher.update(format!("{precision:?} {config:?}{}\n", card.unwrap_or_default()).as_bytes());
     let mut bytes = Vec::with_capacity(size_of::<f32>() * HASHED_VALUES);
     model.visit_parameters(&mut |name, parameter| {
         // One tensor at a time is copied, and its bytes a piece at a time.
@@ -221,13 +235,12 @@ fn weights_hash(
 /// Values hashed at a time.
 const HASHED_VALUES: usize = 1 << 14;
 
-/// Computes are on the processor: Burn's Flex device.
-fn take_decoder(checkpoint: &mut Checkpoint, precision: Precision) -> Result<Decoder> {
-    Ok(Decoder::take_from(
-        checkpoint,
-        &Device::flex(),
-        precision.into(),
-    )?)
+fn take_decoder(
+    checkpoint: &mut Checkpoint,
+    precision: Precision,
+    device: &Device,
+) -> Result<Decoder> {
+    Ok(Decoder::take_from(checkpoint, device, precision.into())?)
 }
 
 fn tokenizer(checkpoint: &Checkpoint, path: &Path) -> Result<Tokenizer> {

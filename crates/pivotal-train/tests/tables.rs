@@ -33,9 +33,9 @@ fn llama() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../pivotal-model/tests/golden/llama")
 }
 
-fn decoder() -> Decoder {
+fn decoder(device: &Device) -> Decoder {
     let checkpoint = load(&llama()).unwrap();
-    Decoder::from_checkpoint(&checkpoint, &Device::flex(), Precision::F32).unwrap()
+    Decoder::from_checkpoint(&checkpoint, device, Precision::F32).unwrap()
 }
 
 fn settings(golden: &Value) -> OptimizerSettings {
@@ -136,10 +136,10 @@ fn dpo_items(decoder: &Decoder, golden: &Value, table: &Value) -> Vec<DpoItem> {
         .collect()
 }
 
-fn dpo_table(name: &str, micro_batch_tokens: usize) {
+fn dpo_table(name: &str, micro_batch_tokens: usize, device: &Device) {
     let golden = golden("dpo_steps.json");
     let table = &golden["tables"][name];
-    let base = decoder();
+    let base = decoder(device);
     let items = dpo_items(&base, &golden, table);
     for (item, golden) in items
         .iter()
@@ -216,33 +216,33 @@ fn dpo_table(name: &str, micro_batch_tokens: usize) {
 
 #[test]
 fn dpo_of_every_parameter_is_trls() {
-    dpo_table("unmasked", 1024);
+    dpo_table("unmasked", 1024, &Device::flex());
 }
 
 #[test]
 fn dpo_over_kept_tokens_is_trls() {
-    dpo_table("masked", 1024);
+    dpo_table("masked", 1024, &Device::flex());
 }
 
 #[test]
 fn dpo_of_an_adapter_is_trls() {
-    dpo_table("lora_unmasked", 1024);
+    dpo_table("lora_unmasked", 1024, &Device::flex());
 }
 
 #[test]
 fn dpo_of_an_adapter_over_kept_tokens_is_trls() {
-    dpo_table("lora_masked", 1024);
+    dpo_table("lora_masked", 1024, &Device::flex());
 }
 
 #[test]
 fn micro_batches_change_nothing() {
-    dpo_table("masked", 1);
+    dpo_table("masked", 1, &Device::flex());
 }
 
 #[test]
 fn the_first_step_of_dpo_has_loss_ln_2() {
     let golden = golden("dpo_steps.json");
-    let base = decoder();
+    let base = decoder(&Device::flex());
     for table in ["unmasked", "masked"] {
         let items = dpo_items(&base, &golden, &golden["tables"][table]);
         let items: Vec<_> = items.iter().collect();
@@ -265,6 +265,10 @@ fn the_first_step_of_dpo_has_loss_ln_2() {
 
 #[test]
 fn sft_is_pytorchs() {
+    sft_tables(&Device::flex());
+}
+
+fn sft_tables(device: &Device) {
     let golden = golden("sft_steps.json");
     for name in ["unmasked", "masked"] {
         let table = &golden["tables"][name];
@@ -282,7 +286,7 @@ fn sft_is_pytorchs() {
         for micro_batch_tokens in [1024, 16] {
             let mut settings = settings(&golden);
             settings.micro_batch_tokens = micro_batch_tokens;
-            let mut policy = decoder().trainable();
+            let mut policy = decoder(device).trainable();
             let mut optimizer = NamedAdamW::new(&settings);
             let (mut losses, mut norms) = (Vec::new(), Vec::new());
             let batches = std::iter::repeat(items.clone());
@@ -306,6 +310,10 @@ fn sft_is_pytorchs() {
 
 #[test]
 fn reward_training_is_trls() {
+    reward_tables(&Device::flex());
+}
+
+fn reward_tables(device: &Device) {
     let golden = golden("reward_steps.json");
     let head: Vec<f32> = numbers(&golden["score.weight"][0])
         .iter()
@@ -319,7 +327,7 @@ fn reward_training_is_trls() {
     ] {
         let table = &golden["tables"][name];
         let head = HostTensor::new(vec![1, head.len()], head.clone()).unwrap();
-        let mut model = RewardModel::with_head(decoder().trainable(), &head).unwrap();
+        let mut model = RewardModel::with_head(decoder(device).trainable(), &head).unwrap();
         let reward_settings = RewardSettings {
             aggregation,
             center: golden["center"].as_f64().unwrap(),
@@ -345,5 +353,42 @@ fn reward_training_is_trls() {
         )
         .unwrap();
         check(name, table, &losses, &norms);
+    }
+}
+
+/// The same tables, at the same tolerances, on every card that this was built for. A card that is not there is a failure.
+#[cfg(any(feature = "cuda", feature = "vulkan", feature = "metal"))]
+mod cards {
+    use pivotal_ops::{DeviceError, DeviceName};
+
+    use super::*;
+
+    fn cards() -> Vec<Device> {
+        let cards = [DeviceName::Cuda, DeviceName::Vulkan, DeviceName::Metal].into_iter();
+        cards
+            .map(DeviceName::open)
+            .filter(|card| !matches!(card, Err(DeviceError::NotBuilt(_))))
+            .map(Result::unwrap)
+            .collect()
+    }
+
+    #[test]
+    fn dpo_is_trls() {
+        for card in &cards() {
+            for table in ["unmasked", "masked", "lora_unmasked", "lora_masked"] {
+                dpo_table(table, 1024, card);
+            }
+            dpo_table("masked", 1, card);
+        }
+    }
+
+    #[test]
+    fn sft_is_pytorchs() {
+        cards().iter().for_each(sft_tables);
+    }
+
+    #[test]
+    fn reward_training_is_trls() {
+        cards().iter().for_each(reward_tables);
     }
 }

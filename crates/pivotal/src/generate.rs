@@ -101,6 +101,7 @@ impl Generate {
             path: self.model.clone(),
             adapter: self.adapter.clone().unwrap_or_default(),
             precision: self.precision,
+            ..ModelSettings::default()
         })?;
         let prompts = self.prompts(&workspace)?;
         let settings = GenerateSettings {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use pivotal_train::score::{Group, token_logps};
-use pivotal_train::settings::{ModelSettings, Precision};
+use pivotal_train::settings::{ComputeDevice, ModelSettings, Precision};
 use pivotal_train::workspace::Workspace;
 use serde::Serialize;
 
@@ -23,6 +23,9 @@ pub(crate) struct Logps {
     /// Operands of matrix products.
     #[arg(long, default_value = "f32")]
     precision: Precision,
+    /// Where to compute; all but cpu need a program built with the cargo feature of that name.
+    #[arg(long, default_value = "cpu")]
+    device: ComputeDevice,
     /// The text.
     #[arg(long, conflicts_with = "ids", required_unless_present = "ids")]
     text: Option<String>,
@@ -44,6 +47,7 @@ impl Logps {
             path: self.model,
             adapter: self.adapter.unwrap_or_default(),
             precision: self.precision,
+            device: self.device,
         })?;
         let token_ids = match (ids, self.text) {
             (Some(ids), _) => ids,

@@ -4,6 +4,8 @@
 mod bad_input;
 #[path = "cli/bench.rs"]
 mod bench;
+#[path = "cli/cards.rs"]
+mod cards;
 #[path = "cli/output.rs"]
 mod output;
 #[path = "cli/recipes.rs"]

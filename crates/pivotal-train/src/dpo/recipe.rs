@@ -142,7 +142,7 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
         out,
         mode,
         config,
-        &manifest("dpo", seed, &inputs, &[weights])?,
+        &manifest("dpo", seed, workspace.decoder.device(), &inputs, &[weights])?,
     )?;
     let start = match mode {
         StartMode::Resume => checkpoint::restore(out, &mut policy, &mut optimizer)?,

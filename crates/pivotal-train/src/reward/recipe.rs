@@ -89,7 +89,13 @@ pub fn train(config: &RewardConfig, mode: StartMode) -> Result<Summary> {
         out,
         mode,
         config,
-        &manifest("reward", seed, &[&config.data.path], &[weights])?,
+        &manifest(
+            "reward",
+            seed,
+            workspace.decoder.device(),
+            &[&config.data.path],
+            &[weights],
+        )?,
     )?;
     let start = match mode {
         StartMode::Resume => checkpoint::restore(out, &mut model, &mut optimizer)?,

@@ -106,7 +106,13 @@ pub fn train(config: &SftConfig, mode: StartMode) -> Result<Summary> {
         out,
         mode,
         config,
-        &manifest("sft", seed, &[&config.data.path], &[weights])?,
+        &manifest(
+            "sft",
+            seed,
+            workspace.decoder.device(),
+            &[&config.data.path],
+            &[weights],
+        )?,
     )?;
     let start = match mode {
         StartMode::Resume => checkpoint::restore(out, &mut policy, &mut optimizer)?,
