@@ -17,11 +17,14 @@ const PARAMETERS: &str = "parameters.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
 
-/// Where a run stands; the data's order is a function of seed and step, so that this is enough.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Where a run stands; the data's order is a function of seed and step. `more` is what else a recipe remembers, as text: numbers
+/// in JSON lose their last bit.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct State {
     step: u64,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    more: String,
 }
 
 /// Writes the trainable parameters and the optimizer's state after `step` steps.
@@ -35,6 +38,20 @@ pub(crate) fn save(
     step: u64,
     model: &mut impl Parameters,
     optimizer: &NamedAdamW,
+) -> Result<()> {
+    save_more(run, step, model, optimizer, "")
+}
+
+/// [`save`], with what else the recipe remembers.
+///
+/// # Errors
+/// As [`save`].
+pub(crate) fn save_more(
+    run: &Path,
+    step: u64,
+    model: &mut impl Parameters,
+    optimizer: &NamedAdamW,
+    more: &str,
 ) -> Result<()> {
     let directory = run.join("checkpoints");
     let temporary = directory.join(".unfinished");
@@ -51,7 +68,8 @@ pub(crate) fn save(
         &temporary.join(OPTIMIZER),
         &tensors_to_bytes(&optimizer.state())?,
     )?;
-    let state = serde_json::to_vec(&State { step }).expect("a state is plain data");
+    let more = more.to_owned();
+    let state = serde_json::to_vec(&State { step, more }).expect("a state is plain data");
     write_checked(&temporary.join(STATE), &state)?;
     let path = directory.join(format!("step-{step:08}"));
     let _ = std::fs::remove_dir_all(&path);
@@ -74,20 +92,32 @@ pub(crate) fn restore(
     model: &mut impl Parameters,
     optimizer: &mut NamedAdamW,
 ) -> Result<u64> {
+    restore_more(run, model, optimizer).map(|(step, _)| step)
+}
+
+/// [`restore`], with what else the recipe remembered; empty where no checkpoint was written yet.
+///
+/// # Errors
+/// As [`restore`].
+pub(crate) fn restore_more(
+    run: &Path,
+    model: &mut impl Parameters,
+    optimizer: &mut NamedAdamW,
+) -> Result<(u64, String)> {
     let mut reasons = Vec::new();
     for path in list(run).iter().rev() {
         match read(path) {
-            Ok((step, mut parameters, moments)) => {
+            Ok((state, mut parameters, moments)) => {
                 assign(model, &mut parameters)?;
                 optimizer.restore(model, &moments)?;
-                return Ok(step);
+                return Ok((state.step, state.more));
             }
             Err(error) => reasons.push(error.to_string()),
         }
     }
     if reasons.is_empty() {
         // Cut short before its first checkpoint: the run begins again, the same.
-        return Ok(0);
+        return Ok((0, String::new()));
     }
     Err(Error::NoCheckpoint {
         path: run.into(),
@@ -97,7 +127,7 @@ pub(crate) fn restore(
 
 type Tensors = BTreeMap<String, HostTensor>;
 
-fn read(path: &Path) -> Result<(u64, Tensors, Tensors)> {
+fn read(path: &Path) -> Result<(State, Tensors, Tensors)> {
     let state: State =
         serde_json::from_slice(&read_checked(&path.join(STATE))?).map_err(|error| {
             Error::Checkpoint {
@@ -115,7 +145,7 @@ fn read(path: &Path) -> Result<(u64, Tensors, Tensors)> {
         }
     }
     Ok((
-        state.step,
+        state,
         read_tensors(&path.join(PARAMETERS))?,
         read_tensors(&path.join(OPTIMIZER))?,
     ))

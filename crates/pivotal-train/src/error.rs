@@ -148,6 +148,14 @@ pub enum Error {
         /// The selection rule.
         selection: String,
     },
+    /// The command that judges responses cannot be run.
+    #[error("the command `{program}` cannot be run: {source}")]
+    Command {
+        /// The program.
+        program: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// The run diverged.
     #[error(
         "the run diverged: `{metric}` is not finite at step {step}{}",

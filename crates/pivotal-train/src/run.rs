@@ -339,7 +339,7 @@ fn same_config<C: Serialize + DeserializeOwned>(path: &Path, config: &C) -> Resu
     })
 }
 
-fn step_of(line: &str) -> Option<u64> {
+pub(crate) fn step_of(line: &str) -> Option<u64> {
     serde_json::from_str::<serde_json::Value>(line)
         .ok()?
         .get("step")?

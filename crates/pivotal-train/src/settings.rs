@@ -21,14 +21,16 @@ pub(crate) trait Overlay<T> {
 
 macro_rules! overlay {
     ($($flags:ty => $table:ty),+ $(,)?) => {$(
-        impl Overlay<$table> for $flags {
-            fn lay(self, settings: &mut $table) -> Result<()> {
+        impl $crate::settings::Overlay<$table> for $flags {
+            fn lay(self, settings: &mut $table) -> $crate::Result<()> {
                 self.apply(settings);
                 Ok(())
             }
         }
     )+};
 }
+
+pub(crate) use overlay;
 
 overlay! {
     ModelFlags => ModelSettings,
@@ -297,7 +299,12 @@ table! {
 }
 
 /// Refuses a number outside its domain, before anything is loaded or written.
-fn domain(key: &'static str, value: f64, expected: &'static str, holds: bool) -> Result<()> {
+pub(crate) fn domain(
+    key: &'static str,
+    value: f64,
+    expected: &'static str,
+    holds: bool,
+) -> Result<()> {
     match value.is_finite() && holds {
         true => Ok(()),
         false => Err(Error::Setting {

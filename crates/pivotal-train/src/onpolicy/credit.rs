@@ -1,0 +1,292 @@
+//! Segment credit on sampled responses.
+
+use pivotal_core::{Sign, TokenMask};
+use pivotal_credit::{
+    Credit, CreditConfig, CreditRule, CreditState, Diagnostics, Drift, Response, ResponseCredit,
+    Selection, Signal, Thresholds, Weighting, increment, log_ratio,
+};
+use pivotal_data::Tokenizer;
+use pivotal_kernels::account::{Part, time};
+use serde::{Deserialize, Serialize};
+
+use super::sample::Rollout;
+use super::score::ResponseScore;
+use super::state::{from_state_text, state_text};
+use crate::error::{Error, Result};
+
+/// Steps at either end of the run that drift compares.
+const DRIFT_STEPS: usize = 20;
+
+/// Credit over the batches of a run, with its diagnostics.
+#[derive(Debug)]
+pub struct RolloutCredit {
+    credit: Credit,
+    drift: Drift,
+    seed: u64,
+}
+
+/// What a checkpoint keeps.
+#[derive(Serialize, Deserialize)]
+struct State {
+    credit: CreditState,
+    drift: Drift,
+}
+
+/// What the signals and rules are made of, each `[rollouts][tokens]`. Empty lists are not known.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SignalInputs<'a> {
+    /// Log-probabilities of the policy that sampled, in nats.
+    pub old_logps: &'a [Vec<f32>],
+    /// The same under the reference.
+    pub reference_logps: &'a [Vec<f32>],
+    /// The same under the oracle.
+    pub oracle_logps: &'a [Vec<f32>],
+    /// The factor of the log-ratio.
+    pub signal_beta: f32,
+    /// The update's advantages.
+    pub advantages: &'a [Vec<f32>],
+    /// The value model's value of the state before each token.
+    pub critic: &'a [Vec<f32>],
+}
+
+/// One step's diagnostics (METHOD, section 9).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct CreditNumbers {
+    /// Share of response tokens that the loss uses.
+    pub kept_fraction: f64,
+    /// The same of responses with a positive sign; absent without any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kept_fraction_positive: Option<f64>,
+    /// The same of those with a negative sign.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kept_fraction_negative: Option<f64>,
+    /// Share of responses of which nothing is kept.
+    pub empty_mask_fraction: f64,
+    /// Segments a hundred tokens; absent where nothing was segmented, like all that follow.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub segments_per_100_tokens: Option<f64>,
+    /// Tokens of the median segment.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub segment_tokens_median: Option<f64>,
+    /// Share of responses that are one segment.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub single_segment_fraction: Option<f64>,
+    /// Share of segments whose sign is opposite to their response's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub opposing_fraction: Option<f64>,
+    /// Warnings about the masks, in words.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
+}
+
+impl RolloutCredit {
+    /// Credit under `config`; `more` is what [`RolloutCredit::state`] gave, empty at the start of a run.
+    ///
+    /// # Errors
+    /// [`Error::Credit`] for a rule that does not hold up; [`Error::Setting`] for soft weights and for what rollouts lack.
+    pub fn new(config: &CreditConfig, seed: u64, more: &str) -> Result<Self> {
+        let rule = config.resolve()?;
+        if rule.weighting == Weighting::Soft {
+            return Err(Error::Setting {
+                key: "credit-weighting",
+                found: "soft".into(),
+                expected: "hard: the losses of these recipes take masks, not weights",
+            });
+        }
+        let needs_external = rule.needs_signal() && rule.signal == Signal::External;
+        if needs_external {
+            return Err(Error::Setting {
+                key: "credit-signal",
+                found: "external".into(),
+                expected: "log_ratio, level, increment, critic or advantage: sampled responses have no columns",
+            });
+        }
+        let state: Option<State> = from_state_text(more)?;
+        Ok(match state {
+            None => Self {
+                credit: Credit::new(rule, seed),
+                drift: Drift::new(DRIFT_STEPS),
+                seed,
+            },
+            Some(State { credit, drift }) => Self {
+                credit: Credit::resume(rule, seed, credit)?,
+                drift,
+                seed,
+            },
+        })
+    }
+
+    /// The rule.
+    pub fn rule(&self) -> &CreditRule {
+        self.credit.rule()
+    }
+
+    /// The run's seed.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// What a checkpoint must keep.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if it cannot be written.
+    pub fn state(&self) -> Result<String> {
+        state_text(&State {
+            credit: self.credit.state().clone(),
+            drift: self.drift.clone(),
+        })
+    }
+
+    /// The credit of each rollout, `None` where every token is kept without a signal, and the step's numbers.
+    ///
+    /// The masks are made of numbers: no gradient goes through them.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if the recipe cannot give the signal; [`Error::Credit`] naming the response whose signal or column does
+    /// not hold up.
+    pub fn assign(
+        &mut self,
+        rollouts: &[Rollout],
+        scores: &[ResponseScore],
+        signs: &[Sign],
+        inputs: SignalInputs<'_>,
+        tokenizer: &Tokenizer,
+    ) -> Result<(Option<Vec<ResponseCredit>>, CreditNumbers)> {
+        let rule = self.credit.rule().clone();
+        if rule.selection == Selection::All {
+            let numbers = CreditNumbers {
+                kept_fraction: 1.0,
+                ..CreditNumbers::default()
+            };
+            return Ok((None, numbers));
+        }
+        let signal = signals(&rule, rollouts, scores, inputs)?;
+        let texts = match rule.needs_texts() {
+            false => None,
+            true => {
+                let texts = rollouts
+                    .iter()
+                    .map(|rollout| tokenizer.token_texts(&rollout.token_ids));
+                Some(texts.collect::<Result<Vec<_>, _>>()?)
+            }
+        };
+        let texts: Option<Vec<Vec<&str>>> = texts.as_ref().map(|all| {
+            all.iter()
+                .map(|texts| texts.iter().map(String::as_str).collect())
+                .collect()
+        });
+        let batch: Vec<Response<'_>> = (0..rollouts.len())
+            .map(|index| {
+                let rollout = &rollouts[index];
+                let sample = rollout.sample as u32;
+                let mut response = Response::new(rollout.id, sample, &signal[index], signs[index]);
+                response.texts = texts.as_ref().map(|texts| &texts[index][..]);
+                let columns = &mut response.columns;
+                columns.old_token_logps = column(inputs.old_logps, index);
+                // Masks are made before the first update: the policy is the one that sampled.
+                columns.token_logps = column(inputs.old_logps, index);
+                columns.reference_token_logps = column(inputs.reference_logps, index);
+                columns.advantages = column(inputs.advantages, index);
+                response
+            })
+            .collect();
+        let given = time(Part::Credit, || self.credit.assign(&batch))?;
+        let numbers = self.numbers(&rule, &given, inputs.old_logps)?;
+        Ok((Some(given), numbers))
+    }
+
+    fn numbers(
+        &mut self,
+        rule: &CreditRule,
+        given: &[ResponseCredit],
+        old_logps: &[Vec<f32>],
+    ) -> Result<CreditNumbers> {
+        let mut diagnostics = Diagnostics::default();
+        for (index, credit) in given.iter().enumerate() {
+            diagnostics.observe(credit, None, column(old_logps, index))?;
+        }
+        let report = diagnostics.report();
+        self.drift.push(report.opposing_fraction);
+        let thresholds = Thresholds::default();
+        let warnings = thresholds.warnings(&report, rule);
+        let drift = thresholds.drift_warning(&self.drift);
+        let warnings = warnings.iter().chain(&drift).map(ToString::to_string);
+        Ok(CreditNumbers {
+            kept_fraction: report.kept_fraction,
+            kept_fraction_positive: report.positive.map(|side| side.kept_fraction),
+            kept_fraction_negative: report.negative.map(|side| side.kept_fraction),
+            empty_mask_fraction: report.empty_mask_fraction,
+            segments_per_100_tokens: Some(report.segments_per_100_tokens),
+            segment_tokens_median: Some(report.segment_tokens_median),
+            single_segment_fraction: Some(report.single_segment_fraction),
+            opposing_fraction: Some(report.opposing_fraction),
+            warnings: warnings.collect(),
+        })
+    }
+}
+
+/// The masks of `given`; every token where there is none.
+pub fn masks(rollouts: &[Rollout], given: Option<&[ResponseCredit]>) -> Vec<TokenMask> {
+    match given {
+        Some(given) => given.iter().map(|credit| credit.keep.clone()).collect(),
+        None => rollouts
+            .iter()
+            .map(|rollout| TokenMask::all(rollout.token_ids.len()))
+            .collect(),
+    }
+}
+
+fn column(of: &[Vec<f32>], index: usize) -> Option<&[f32]> {
+    of.get(index).map(Vec::as_slice)
+}
+
+/// The signal of each rollout; zeros where the rule reads none.
+fn signals(
+    rule: &CreditRule,
+    rollouts: &[Rollout],
+    scores: &[ResponseScore],
+    inputs: SignalInputs<'_>,
+) -> Result<Vec<Vec<f32>>> {
+    let lacking = |what: &'static str| Error::Setting {
+        key: "credit-signal",
+        found: rule.signal.to_string(),
+        expected: what,
+    };
+    let given = |of: &[Vec<f32>], what| match of.len() == rollouts.len() {
+        true => Ok(of.to_vec()),
+        false => Err(lacking(what)),
+    };
+    if !rule.needs_signal() {
+        let zeros = rollouts
+            .iter()
+            .map(|rollout| vec![0.0; rollout.token_ids.len()]);
+        return Ok(zeros.collect());
+    }
+    match rule.signal {
+        Signal::LogRatio => {
+            let what = "a signal that does not need `--oracle`";
+            let oracle = given(inputs.oracle_logps, what)?;
+            let reference = given(inputs.reference_logps, what)?;
+            let pairs = oracle.iter().zip(&reference);
+            let ratio = |(oracle, reference): (&Vec<f32>, &Vec<f32>)| {
+                Ok(log_ratio(inputs.signal_beta, oracle, reference)?)
+            };
+            pairs.map(ratio).collect()
+        }
+        Signal::Level | Signal::Increment => scores
+            .iter()
+            .map(|score| {
+                let values = score.values.as_ref();
+                let values =
+                    values.ok_or_else(|| lacking("a signal that needs no `--reward-model`"))?;
+                Ok(match rule.signal {
+                    Signal::Increment => increment(values.prompt_value, &values.levels),
+                    _ => values.levels.clone(),
+                })
+            })
+            .collect(),
+        Signal::Advantage => given(inputs.advantages, "a recipe with advantages"),
+        Signal::Critic => given(inputs.critic, "a recipe with a value model: `ppo`"),
+        Signal::External => Err(lacking("a signal that sampled responses have")),
+    }
+}

@@ -1,0 +1,112 @@
+//! Rollouts on disk: `rollouts.jsonl`, one line a response.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use pivotal_core::{SegmentRecord, read_file, write_atomic};
+use serde::Serialize;
+
+use crate::error::Result;
+use crate::run::{step_of, write_error};
+
+/// One line of `rollouts.jsonl`. Lists are `[tokens]`; empty where a recipe did not need the number.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct RolloutRecord<'a> {
+    /// The step, or round, that it was sampled in.
+    pub step: u64,
+    /// The prompt's row.
+    pub id: u64,
+    /// Which of the prompt's samples.
+    pub sample: usize,
+    /// Its text.
+    pub text: &'a str,
+    /// Why it ends: eos, stop or length.
+    pub finish: &'static str,
+    /// Its tokens.
+    pub token_ids: &'a [u32],
+    /// Its score.
+    pub score: f32,
+    /// What its checks come to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checks: Option<f32>,
+    /// The reward model's score.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reward: Option<f32>,
+    /// Its advantage, where it is one number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advantage: Option<f32>,
+    /// The advantage of each token, where they differ.
+    #[serde(skip_serializing_if = "<[f32]>::is_empty")]
+    pub advantages: &'a [f32],
+    /// Log-probabilities as sampled, in nats.
+    pub sampled_logps: &'a [f32],
+    /// The same from the training path.
+    #[serde(skip_serializing_if = "<[f32]>::is_empty")]
+    pub old_logps: &'a [f32],
+    /// The same under the reference.
+    #[serde(skip_serializing_if = "<[f32]>::is_empty")]
+    pub reference_logps: &'a [f32],
+    /// The token signal.
+    #[serde(skip_serializing_if = "<[f32]>::is_empty")]
+    pub signal: &'a [f32],
+    /// Its segments.
+    #[serde(skip_serializing_if = "<[SegmentRecord]>::is_empty")]
+    pub segments: &'a [SegmentRecord],
+    /// Which tokens the loss uses.
+    #[serde(skip_serializing_if = "<[bool]>::is_empty")]
+    pub keep: &'a [bool],
+}
+
+/// A file of lines that know their step, and can be taken back to an earlier one.
+#[derive(Debug)]
+pub struct RolloutLog {
+    path: PathBuf,
+    file: File,
+}
+
+impl RolloutLog {
+    /// Opens `rollouts.jsonl` of a run and forgets what came after `step`.
+    ///
+    /// # Errors
+    /// [`crate::Error::File`].
+    pub fn open(run: &Path, step: u64) -> Result<Self> {
+        let path = run.join("rollouts.jsonl");
+        if path.exists() {
+            let bytes = read_file(&path)?;
+            let text = String::from_utf8_lossy(&bytes);
+            let kept: String = text
+                .lines()
+                .filter(|line| step_of(line).is_some_and(|logged| logged <= step))
+                .flat_map(|line| [line, "\n"])
+                .collect();
+            write_atomic(&path, kept.as_bytes())?;
+        }
+        let file = OpenOptions::new().create(true).append(true).open(&path);
+        let file = file.map_err(|source| write_error(&path, source))?;
+        Ok(Self { path, file })
+    }
+
+    /// Adds lines.
+    ///
+    /// # Errors
+    /// [`crate::Error::File`] if the disk is full.
+    pub fn write<'a>(&mut self, records: impl Iterator<Item = RolloutRecord<'a>>) -> Result<()> {
+        let mut lines = Vec::new();
+        for record in records {
+            serde_json::to_writer(&mut lines, &record).expect("a rollout is plain data in memory");
+            lines.push(b'\n');
+        }
+        let written = self.file.write_all(&lines);
+        written.map_err(|source| write_error(&self.path, source))
+    }
+
+    /// Writes what was added to the disk: before a checkpoint that counts on it.
+    ///
+    /// # Errors
+    /// [`crate::Error::File`].
+    pub fn sync(&self) -> Result<()> {
+        let synced = self.file.sync_data();
+        synced.map_err(|source| write_error(&self.path, source))
+    }
+}
