@@ -34,6 +34,23 @@ pub(crate) fn rows_per_block(width: usize) -> usize {
     (8192 / width.max(1)).max(1)
 }
 
+/// Zeros written by all threads: pages that are new are then handed out to each of them at once, and none waits for another.
+pub fn zeros(len: usize) -> Vec<f32> {
+    const BLOCK: usize = 1 << 16;
+    if len <= BLOCK {
+        return vec![0.0; len];
+    }
+    let mut values = Vec::with_capacity(len);
+    values.spare_capacity_mut()[..len]
+        .par_chunks_mut(BLOCK)
+        .for_each(|block| {
+            block.fill(std::mem::MaybeUninit::new(0.0));
+        });
+    // SAFETY: the first `len` elements were written above.
+    unsafe { values.set_len(len) };
+    values
+}
+
 /// A pointer into an output that several tasks write at disjoint places.
 #[derive(Clone, Copy)]
 pub(crate) struct SharedOut(*mut f32);
@@ -167,6 +184,15 @@ mod tests {
             unsafe { *shared.at(range.end - 1) = 1.0 };
         });
         assert_eq!(out, [0.0, 1.0, 2.0, 1.0, 4.0, 1.0, 6.0, 1.0, 8.0, 1.0]);
+    }
+
+    #[test]
+    fn zeros_are_zero_at_every_length() {
+        for len in [0, 1, 1 << 16, (1 << 16) + 1, 3 << 16] {
+            drop(vec![1.0_f32; len]);
+            let values = zeros(len);
+            assert!(values.len() == len && values.iter().all(|value| value.to_bits() == 0));
+        }
     }
 
     #[test]

@@ -18,6 +18,8 @@ const LARGE: usize = 1 << 18;
 const CLASSES: usize = 4 * (usize::BITS as usize);
 /// A request may take a kept block this many classes above its own: twice its size.
 const REACH: usize = 4;
+/// How many classes away a kept block may be whose pages are taken for a new one: eight make a factor of four.
+const RESHAPED: usize = 8;
 /// In front of every block: its class. A cache line, which is also the largest alignment served here.
 const HEADER: usize = 64;
 /// What may be mapped beyond the most that was ever lent, as a part of that.
@@ -74,9 +76,11 @@ impl Kept {
             }
         }
         let bytes = block_bytes(class);
+        let reshaped = self.reshape(class);
         let limit = self.most_lent.max(self.lent + bytes);
         self.shrink(limit + limit / SLACK - bytes);
-        let mapping = pages::map(bytes);
+        let is_zero = reshaped.is_null();
+        let mapping = if is_zero { pages::map(bytes) } else { reshaped };
         if mapping.is_null() {
             return (mapping, true);
         }
@@ -87,7 +91,27 @@ impl Kept {
             mapping.cast::<usize>().write(class);
             mapping.add(HEADER)
         };
-        (block, true)
+        (block, is_zero)
+    }
+
+    /// The mapping of a block of that class with the pages of a kept one of another, the next smaller before the next larger;
+    /// null where none is kept. Pages that are there need not be zeroed again by the system.
+    fn reshape(&mut self, class: usize) -> *mut u8 {
+        let smaller = (class.saturating_sub(RESHAPED)..class).rev();
+        let larger = class + REACH..(class + REACH + RESHAPED).min(CLASSES);
+        for from in smaller.chain(larger) {
+            let block = self.pop(from);
+            if block.is_null() {
+                continue;
+            }
+            self.mapped -= block_bytes(from);
+            // SAFETY: the mapping began a header before the block, and nobody holds it.
+            return unsafe {
+                let mapping = block.sub(HEADER);
+                pages::resize(mapping, block_bytes(from), block_bytes(class))
+            };
+        }
+        null_mut()
     }
 
     fn count(&mut self, class: usize) {
@@ -166,6 +190,50 @@ mod pages {
         }
     }
 
+    /// The mapping with its pages, as many as fit, at another size; null, and nothing is mapped, where the system refuses.
+    ///
+    /// # Safety
+    /// `mapping` came from [`map`] with `before` bytes, and nobody uses it any more.
+    #[cfg(target_os = "linux")]
+    pub(super) unsafe fn resize(mapping: *mut u8, before: usize, bytes: usize) -> *mut u8 {
+        let target = map(bytes);
+        if target.is_null() {
+            // SAFETY: the caller's promise.
+            unsafe { unmap(mapping, before) };
+            return target;
+        }
+        let how = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        // SAFETY: the caller's promise; `target` is a mapping of `bytes` that nobody has touched, and is replaced.
+        unsafe {
+            let moved = libc::mremap(
+                mapping.cast(),
+                before,
+                bytes,
+                how,
+                target.cast::<libc::c_void>(),
+            );
+            if moved == libc::MAP_FAILED {
+                unmap(mapping, before);
+                return target;
+            }
+            if bytes >= HUGE_PAGE {
+                libc::madvise(moved, bytes, libc::MADV_HUGEPAGE);
+            }
+            moved.cast()
+        }
+    }
+
+    /// Where pages cannot be moved, the mapping is given back and null returned.
+    ///
+    /// # Safety
+    /// `mapping` came from [`map`] with `before` bytes, and nobody uses it any more.
+    #[cfg(not(target_os = "linux"))]
+    pub(super) unsafe fn resize(mapping: *mut u8, before: usize, _: usize) -> *mut u8 {
+        // SAFETY: the caller's promise.
+        unsafe { unmap(mapping, before) };
+        std::ptr::null_mut()
+    }
+
     fn map_anywhere(bytes: usize) -> *mut u8 {
         let access = libc::PROT_READ | libc::PROT_WRITE;
         let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
@@ -201,6 +269,16 @@ mod pages {
         layout(bytes).map_or(std::ptr::null_mut(), |layout| unsafe {
             MiMalloc.alloc_zeroed(layout)
         })
+    }
+
+    /// Pages cannot be moved: the mapping is given back and null returned.
+    ///
+    /// # Safety
+    /// `mapping` came from [`map`] with `before` bytes, and nobody uses it any more.
+    pub(super) unsafe fn resize(mapping: *mut u8, before: usize, _: usize) -> *mut u8 {
+        // SAFETY: the caller's promise.
+        unsafe { unmap(mapping, before) };
+        std::ptr::null_mut()
     }
 
     /// # Safety
@@ -318,8 +396,11 @@ mod tests {
         let class = class_of(LARGE).unwrap();
         for round in 0..8 {
             // Each round needs more than any block that is kept.
-            let (block, is_new) = kept.lend(class + REACH * round);
-            assert!(is_new && !block.is_null());
+            let (block, is_zero) = kept.lend(class + REACH * round);
+            assert!(!block.is_null());
+            assert_eq!(is_zero, round == 0 || !cfg!(target_os = "linux"));
+            // SAFETY: it was lent two lines above, and holds its class's largest request.
+            unsafe { block.write_bytes(7, block_bytes(class + REACH * round) - HEADER) };
             // SAFETY: it was lent a line above.
             unsafe { kept.take_back(block) };
             let limit = kept.most_lent + kept.most_lent / SLACK;

@@ -14,7 +14,7 @@ use pivotal_kernels::account::{Part, time};
 use pivotal_kernels::{
     FrozenGradients, LowRankUpdate, RmsNormGradients, frozen_linears_backward,
     frozen_linears_forward, rms_norm_backward, rms_norm_forward, swiglu_joined_backward,
-    swiglu_joined_forward,
+    swiglu_joined_forward, zeros,
 };
 
 use super::{TrackedTensor, contiguous, dims, floats, from_values};
@@ -44,13 +44,13 @@ fn prepared<'a>(x: &'a FlexTensor, job: &FrozenJob) -> (Cow<'a, [f32]>, Vec<f32>
     match &job.weights.input {
         Prologue::Plain => (Cow::Borrowed(floats(x)), Vec::new()),
         Prologue::Normed { weight, eps } => time(Part::Norm, || {
-            let mut out = vec![0.0; rows * inputs];
-            let mut rstd = vec![0.0; rows];
+            let mut out = zeros(rows * inputs);
+            let mut rstd = zeros(rows);
             rms_norm_forward(floats(x), floats(weight), *eps, &mut out, &mut rstd);
             (Cow::Owned(out), rstd)
         }),
         Prologue::Gated => time(Part::Swiglu, || {
-            let mut out = vec![0.0; rows * inputs];
+            let mut out = zeros(rows * inputs);
             swiglu_joined_forward(floats(x), inputs, &mut out);
             (Cow::Owned(out), Vec::new())
         }),
@@ -86,8 +86,8 @@ fn compute(
     let (rows, outputs) = (dims(x)[0], job.weights.outputs());
     let (input, rstd) = prepared(x, job);
     let adapted = job.adapted.iter().filter(|&&adapted| adapted).count();
-    let mut y = vec![0.0; rows * outputs];
-    let mut h = vec![0.0; rows * adapted * job.rank];
+    let mut y = zeros(rows * outputs);
+    let mut h = zeros(rows * adapted * job.rank);
     time(Part::Linear, || {
         frozen_linears_forward(
             &input,
@@ -164,8 +164,8 @@ fn gradients(state: &State, dy: &FlexTensor, wanted: [bool; 3]) -> [Option<FlexT
     } else {
         Cow::Borrowed(&[][..])
     };
-    let like = |tensor: &FlexTensor| vec![0.0; tensor.shape().num_elements()];
-    let mut dinput = wanted[0].then(|| vec![0.0; rows * inputs]);
+    let like = |tensor: &FlexTensor| zeros(tensor.shape().num_elements());
+    let mut dinput = wanted[0].then(|| zeros(rows * inputs));
     let update = state.update.as_ref();
     let mut da = update.filter(|_| wanted[1]).map(|(a, _)| like(a));
     let mut db = update.filter(|_| wanted[2]).map(|(_, b)| like(b));
@@ -205,7 +205,7 @@ fn input_gradient(state: &State, dinput: Vec<f32>) -> FlexTensor {
     match &job.weights.input {
         Prologue::Plain => from_values(dinput, x.shape()),
         Prologue::Normed { weight, .. } => time(Part::Norm, || {
-            let mut dx = vec![0.0; dinput.len()];
+            let mut dx = zeros(dinput.len());
             let gradients = RmsNormGradients {
                 x: &mut dx,
                 weight: None,
@@ -214,7 +214,7 @@ fn input_gradient(state: &State, dinput: Vec<f32>) -> FlexTensor {
             from_values(dx, x.shape())
         }),
         Prologue::Gated => time(Part::Swiglu, || {
-            let mut dx = vec![0.0; 2 * dinput.len()];
+            let mut dx = zeros(2 * dinput.len());
             swiglu_joined_backward(floats(x), job.weights.inputs, &dinput, &mut dx);
             from_values(dx, x.shape())
         }),

@@ -8,7 +8,7 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
 use burn::backend::{Flex, TensorMetadata};
 use pivotal_kernels::account::{Part, time};
-use pivotal_kernels::{HeadShape, frozen_token_logps};
+use pivotal_kernels::{HeadShape, frozen_token_logps, zeros};
 
 use super::{TrackedTensor, contiguous, dims, floats, from_values, map_in_place, token_ids};
 use crate::frozen::FrozenJob;
@@ -55,7 +55,7 @@ pub(crate) fn tracked<C: CheckpointStrategy>(
     let is_tracked = hidden.is_tracked();
     let (hidden, node) = hidden.into_parts();
     let hidden = contiguous(hidden);
-    let mut slopes = is_tracked.then(|| vec![0.0; hidden.shape().num_elements()]);
+    let mut slopes = is_tracked.then(|| zeros(hidden.shape().num_elements()));
     let logps = compute(&hidden, targets, &job, slopes.as_deref_mut());
     match FrozenLogpsBackward
         .prepare::<C>([node])

@@ -6,7 +6,7 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
 use pivotal_kernels::account::{Part, time};
-use pivotal_kernels::{Precision, ProductShape, Store, matmul_nn, matmul_nt, matmul_tn};
+use pivotal_kernels::{Precision, ProductShape, Store, matmul_nn, matmul_nt, matmul_tn, zeros};
 
 use super::{TrackedTensor, contiguous, dims, floats, from_values};
 
@@ -24,7 +24,7 @@ struct State {
 
 pub(crate) fn forward(x: &FlexTensor, weight: &FlexTensor, precision: Precision) -> FlexTensor {
     let ([m, k], [n, _]) = (dims(x), dims(weight));
-    let mut y = vec![0.0; m * n];
+    let mut y = zeros(m * n);
     let shape = ProductShape { m, n, k };
     time(Part::Linear, || {
         matmul_nt(
@@ -88,7 +88,7 @@ pub(super) fn input_gradient(
     precision: Precision,
 ) -> FlexTensor {
     let ([m, k], [_, n]) = (dims(dy), dims(weight));
-    let mut dx = vec![0.0; m * n];
+    let mut dx = zeros(m * n);
     let shape = ProductShape { m, n, k };
     time(Part::Linear, || {
         matmul_nn(
@@ -106,7 +106,7 @@ pub(super) fn input_gradient(
 /// `dyᵀ x`.
 pub(super) fn weight_gradient(dy: &FlexTensor, x: &FlexTensor, precision: Precision) -> FlexTensor {
     let ([k, m], [_, n]) = (dims(dy), dims(x));
-    let mut dw = vec![0.0; m * n];
+    let mut dw = zeros(m * n);
     let shape = ProductShape { m, n, k };
     time(Part::Linear, || {
         matmul_tn(

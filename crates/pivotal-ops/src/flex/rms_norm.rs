@@ -8,7 +8,7 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
 use pivotal_kernels::account::{Part, time};
-use pivotal_kernels::{RmsNormGradients, rms_norm_backward, rms_norm_forward};
+use pivotal_kernels::{RmsNormGradients, rms_norm_backward, rms_norm_forward, zeros};
 
 use super::{TrackedTensor, contiguous, dims, floats, from_values};
 
@@ -26,8 +26,8 @@ struct State {
 /// The output and each row's reciprocal root mean square.
 pub(crate) fn forward(x: &FlexTensor, weight: &FlexTensor, eps: f32) -> (FlexTensor, Vec<f32>) {
     let [rows, hidden] = dims(x);
-    let mut out = vec![0.0; rows * hidden];
-    let mut rstd = vec![0.0; rows];
+    let mut out = zeros(rows * hidden);
+    let mut rstd = zeros(rows);
     time(Part::Norm, || {
         rms_norm_forward(floats(x), floats(weight), eps, &mut out, &mut rstd);
     });
@@ -63,8 +63,8 @@ impl Backward<Flex, 2> for RmsNormBackward {
         let State { x, weight, rstd } = ops.state;
         let [x_node, weight_node] = ops.parents;
         let [rows, hidden] = dims(&x);
-        let mut dx = vec![0.0; rows * hidden];
-        let mut dweight = weight_node.as_ref().map(|_| vec![0.0; hidden]);
+        let mut dx = zeros(rows * hidden);
+        let mut dweight = weight_node.as_ref().map(|_| zeros(hidden));
         let gradients = RmsNormGradients {
             x: &mut dx,
             weight: dweight.as_deref_mut(),

@@ -10,7 +10,7 @@ use burn::backend::flex::FlexTensor;
 use pivotal_kernels::account::{Part, time};
 use pivotal_kernels::{
     AttentionGradients, AttentionInput, AttentionSaved, attention_backward, attention_forward,
-    join_columns, split_columns,
+    join_columns, split_columns, zeros,
 };
 
 use super::{TrackedTensor, contiguous, dims, floats, from_values, map_in_place};
@@ -56,8 +56,8 @@ pub(crate) fn forward(
     });
     let v = contiguous(v);
     let [tokens, width] = dims(&q);
-    let mut out = vec![0.0; tokens * width];
-    let mut lse = vec![0.0; tokens * shape.heads];
+    let mut out = zeros(tokens * width);
+    let mut lse = zeros(tokens * shape.heads);
     let input = AttentionInput {
         q: floats(&q),
         k: floats(&k),
@@ -108,7 +108,7 @@ pub(crate) fn forward_joined(qkv: FlexTensor, plan: Arc<LayoutPlan>) -> (FlexTen
         shape.heads * shape.head_dim,
         shape.kv_heads * shape.head_dim,
     );
-    let mut parts = [width, key_width, key_width].map(|width| vec![0.0; rows * width]);
+    let mut parts = [width, key_width, key_width].map(|width| zeros(rows * width));
     time(Part::Rope, || {
         split_columns(
             floats(&qkv),
@@ -151,8 +151,7 @@ fn gradients(state: &State, dout: &FlexTensor) -> [Vec<f32>; 3] {
     let plan = &state.plan;
     let shape = plan.attention.shape();
     let ([tokens, width], [_, key_width]) = (dims(&state.q), dims(&state.k));
-    let [mut dq, mut dk, mut dv] =
-        [width, key_width, key_width].map(|width| vec![0.0; tokens * width]);
+    let [mut dq, mut dk, mut dv] = [width, key_width, key_width].map(|width| zeros(tokens * width));
     let saved = AttentionSaved {
         out: floats(&state.out),
         lse: &state.lse,
@@ -202,7 +201,7 @@ impl Backward<Flex, 1> for JoinedBackward {
         let Some(node) = node else { return };
         let ([rows, width], [_, key_width]) = (dims(&ops.state.q), dims(&ops.state.k));
         let parts = gradients(&ops.state, &dout);
-        let mut joined = vec![0.0; rows * (width + 2 * key_width)];
+        let mut joined = zeros(rows * (width + 2 * key_width));
         time(Part::Rope, || {
             join_columns(&parts.each_ref().map(|part| &part[..]), rows, &mut joined);
         });

@@ -6,7 +6,7 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
 use pivotal_kernels::account::{Part, time};
-use pivotal_kernels::{swiglu_backward, swiglu_forward};
+use pivotal_kernels::{swiglu_backward, swiglu_forward, zeros};
 
 use super::{TrackedTensor, contiguous, dims, floats, from_values};
 
@@ -15,7 +15,7 @@ struct SwigluBackward;
 
 pub(crate) fn forward(gate: &FlexTensor, up: &FlexTensor) -> FlexTensor {
     let [rows, width] = dims(gate);
-    let mut out = vec![0.0; rows * width];
+    let mut out = zeros(rows * width);
     time(Part::Swiglu, || {
         swiglu_forward(floats(gate), floats(up), &mut out)
     });
@@ -46,8 +46,8 @@ impl Backward<Flex, 2> for SwigluBackward {
         let dout = contiguous(grads.consume::<Flex>(&ops.node));
         let [gate, up] = ops.state;
         let [rows, width] = dims(&gate);
-        let mut dgate = vec![0.0; rows * width];
-        let mut dup = vec![0.0; rows * width];
+        let mut dgate = zeros(rows * width);
+        let mut dup = zeros(rows * width);
         time(Part::Swiglu, || {
             swiglu_backward(
                 floats(&gate),

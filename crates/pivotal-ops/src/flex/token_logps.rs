@@ -8,7 +8,7 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
 use pivotal_kernels::account::{Part, time};
-use pivotal_kernels::{HeadShape, Precision, token_logps_backward, token_logps_forward};
+use pivotal_kernels::{HeadShape, Precision, token_logps_backward, token_logps_forward, zeros};
 
 use super::{TrackedTensor, contiguous, dims, floats, from_values, token_ids};
 
@@ -81,10 +81,10 @@ impl Backward<Flex, 2> for TokenLogpsBackward {
         let state = ops.state;
         let [hidden_node, head_node] = ops.parents;
         let (hidden_dims, head_dims) = (dims(&state.hidden), dims(&state.head));
-        let mut dhidden = vec![0.0; hidden_dims[0] * hidden_dims[1]];
+        let mut dhidden = zeros(hidden_dims[0] * hidden_dims[1]);
         let mut dhead = head_node
             .as_ref()
-            .map(|_| vec![0.0; head_dims[0] * head_dims[1]]);
+            .map(|_| zeros(head_dims[0] * head_dims[1]));
         time(Part::Head, || {
             token_logps_backward(
                 floats(&state.hidden),
