@@ -99,7 +99,16 @@ pub fn jump_mask(
     keep: &mut [bool],
 ) {
     assert_eq!(signal.len(), keep.len(), "one flag a token");
-    let decide = |score: f32| agree(Sign::of(score, baseline, offset), sequence_sign, neutral);
+    // As `agree` of `Sign::of`, looked up: the sign of a segment is a coin toss to the processor's branch prediction.
+    let kept = [
+        Sign::Neutral,
+        Sign::Negative,
+        Sign::Positive,
+        Sign::Positive,
+    ]
+    .map(|sign| agree(sign, sequence_sign, neutral));
+    let (above, below) = (baseline + offset, baseline - offset);
+    let decide = |score: f32| kept[2 * usize::from(score > above) + usize::from(score < below)];
     let mut start = 0;
     // Ascending, so that what is written beyond a segment's end is overwritten by those after it.
     let mut close = |end: usize| {

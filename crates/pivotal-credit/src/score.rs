@@ -73,7 +73,23 @@ fn sum_lanes(lanes: [f64; 8]) -> f64 {
 /// [`sum`] of the first `len` of eight elements, `len` at most 8, without a branch on it.
 #[inline]
 pub(crate) fn sum_of_first(len: usize, window: &[f32; 8]) -> f64 {
-    sum_lanes(std::array::from_fn(|lane| {
-        f64::from(if lane < len { window[lane] } else { 0.0 })
-    }))
+    let mask = &FIRST[len];
+    let lane = |lane: usize| f64::from(f32::from_bits(window[lane].to_bits() & mask[lane]));
+    if len <= 4 {
+        // Most segments where there are many: the upper lanes would add zeros.
+        return (lane(0) + lane(2)) + (lane(1) + lane(3));
+    }
+    sum_lanes(std::array::from_fn(lane))
 }
+
+/// All ones in the first `len` lanes, zeros in the others.
+static FIRST: [[u32; 8]; 9] = {
+    let mut masks = [[0; 8]; 9];
+    let mut len = 1;
+    while len <= 8 {
+        masks[len] = masks[len - 1];
+        masks[len][len - 1] = u32::MAX;
+        len += 1;
+    }
+    masks
+};
