@@ -10,6 +10,7 @@ mod checkpoint;
 mod config_file;
 pub mod dpo;
 mod error;
+pub mod grpo;
 pub mod onpolicy;
 pub mod optimizer;
 mod progress;

@@ -2,7 +2,7 @@
 //!
 //! A step samples responses from the policy as it is ([`Sampler`]), scores them ([`Scorer`]), takes their log-probabilities from
 //! the same packed passes that the update will make ([`Layout`]), gives credit ([`RolloutCredit`]) and writes each response
-//! down ([`RolloutLog`]). What a recipe then does with them is its own.
+//! down ([`StepLog`]). What a recipe then does with them is its own.
 //!
 //! Old log-probabilities come from the training path, not from decoding, whose sums run in another order: the ratio of the first
 //! minibatch is then exactly 1. How far the two are apart is a metric ([`SamplingGap`]).
@@ -11,6 +11,7 @@ mod check;
 mod clock;
 mod command;
 mod credit;
+mod evaluation;
 mod layout;
 mod prompts;
 mod record;
@@ -23,13 +24,14 @@ pub use check::Check;
 pub use clock::{Clock, Timings};
 pub use command::CommandCheck;
 pub use credit::{CreditNumbers, RolloutCredit, SignalInputs, masks};
-pub use layout::{Layout, MicroBatch, SamplingGap, gap, units};
+pub use evaluation::{Evaluation, Evaluator};
+pub use layout::{Cutting, Layout, MicroBatch, Minibatch, SamplingGap, gap};
 pub use prompts::{Prompt, read_prompts};
-pub use record::{RolloutLog, RolloutRecord};
+pub use record::{RolloutRecord, StepLog};
 pub use sample::{Rollout, Sampler, groups_of};
 pub use score::{ResponseScore, Scorer};
 pub use settings::{
-    CheckScore, PromptFlags, PromptSettings, RolloutFlags, RolloutSettings, ScoreFlags,
-    ScoreSettings, SignalFlags, SignalSettings,
+    CheckScore, EvalFlags, EvalSettings, PromptFlags, PromptSettings, RolloutFlags,
+    RolloutSettings, ScoreFlags, ScoreSettings, SignalFlags, SignalSettings,
 };
 pub use state::{from_state_text, state_text};

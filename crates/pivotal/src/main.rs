@@ -52,6 +52,8 @@ enum Command {
     Annotate(recipes::Annotate),
     /// Direct preference optimization on the segments that credit keeps.
     Dpo(recipes::Dpo),
+    /// Group-relative policy optimization (GRPO, RLOO) on sampled responses that checks or a reward model score.
+    Grpo(Box<recipes::Grpo>),
     /// Sample responses to prompts.
     Generate(generate::Generate),
     /// Print a text's token ids and the log-probability of each token after the first, as one JSON line.
@@ -83,6 +85,7 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Reward(command) => command.run(),
         Command::Annotate(command) => command.run(),
         Command::Dpo(command) => command.run(),
+        Command::Grpo(command) => command.run(),
         Command::Generate(command) => command.run(),
         Command::Logps(command) => command.run(),
         Command::Bench(command) => command.run(arguments.threads),

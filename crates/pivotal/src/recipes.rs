@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use pivotal_train::annotate::{AnnotateConfig, AnnotateRunFlags};
 use pivotal_train::dpo::{DpoConfig, DpoRunFlags};
+use pivotal_train::grpo::{GrpoConfig, GrpoRunFlags};
 use pivotal_train::reward::{RewardConfig, RewardRunFlags};
 use pivotal_train::sft::{SftConfig, SftFlags};
 use pivotal_train::{Result as TrainResult, StartMode, read_config, show_config};
@@ -107,6 +108,10 @@ recipe_command!(
     /// `pivotal dpo`.
     Dpo, DpoConfig, DpoRunFlags, pivotal_train::dpo::train, say_dpo
 );
+recipe_command!(
+    /// `pivotal grpo`.
+    Grpo, GrpoConfig, GrpoRunFlags, pivotal_train::grpo::train, say_grpo
+);
 
 /// `pivotal annotate`.
 #[derive(Args)]
@@ -135,6 +140,11 @@ impl Annotate {
 
 fn say_dpo(summary: &pivotal_train::dpo::Summary) -> Result<(), Failure> {
     warn(&summary.warnings);
+    say(summary)
+}
+
+fn say_grpo(summary: &pivotal_train::grpo::Summary) -> Result<(), Failure> {
+    warn(&summary.last.credit.warnings);
     say(summary)
 }
 

@@ -23,11 +23,33 @@ pub struct MicroBatch {
     pub responses: Vec<usize>,
 }
 
+/// The rollouts of one optimizer step.
+#[derive(Clone, Debug)]
+pub struct Minibatch {
+    /// Their indices, those that no pass needs included: denominators count them.
+    pub rollouts: Vec<usize>,
+    /// The passes over those that are live.
+    pub micro_batches: Vec<MicroBatch>,
+}
+
 /// Which responses go through which pass: minibatches (an optimizer step each) of micro-batches.
 #[derive(Clone, Debug)]
 pub struct Layout {
     /// The minibatches.
-    pub minibatches: Vec<Vec<MicroBatch>>,
+    pub minibatches: Vec<Minibatch>,
+}
+
+/// How a layout is cut.
+#[derive(Clone, Copy, Debug)]
+pub struct Cutting<'a> {
+    /// Minibatches to deal the rollouts out to.
+    pub minibatches: usize,
+    /// Tokens in one pass at most, where one response leaves a choice.
+    pub micro_batch_tokens: usize,
+    /// The run's seed.
+    pub seed: u64,
+    /// The stream that draws the order.
+    pub stream: &'a str,
 }
 
 /// How far decoding's log-probabilities are from training's: different orders of the same sums.
@@ -39,19 +61,14 @@ pub struct SamplingGap {
     pub max: f64,
 }
 
-/// Cuts the rollouts into units of at most `budget` tokens, prompt included, where one response leaves a choice. Only rollouts for
-/// which `live` says so take part.
-pub fn units(
-    prompts: &[&Prompt],
-    rollouts: &[Rollout],
-    budget: usize,
-    live: impl Fn(usize) -> bool,
-) -> Vec<Vec<usize>> {
+/// Cuts the rollouts into units, responses to one prompt that stay together, of at most `budget` tokens with their prompt, where
+/// one response leaves a choice.
+fn units(prompts: &[&Prompt], rollouts: &[Rollout], budget: usize) -> Vec<Vec<usize>> {
     let mut units: Vec<Vec<usize>> = Vec::new();
     for group in groups_of(rollouts) {
         let prompt = prompts[rollouts[group.start].prompt].token_ids.len();
         let (mut unit, mut tokens) = (Vec::new(), prompt);
-        for index in group.filter(|&index| live(index)) {
+        for index in group {
             let response = rollouts[index].token_ids.len();
             if !unit.is_empty() && tokens + response > budget {
                 units.push(std::mem::take(&mut unit));
@@ -60,48 +77,59 @@ pub fn units(
             unit.push(index);
             tokens += response;
         }
-        if !unit.is_empty() {
-            units.push(unit);
-        }
+        units.push(unit);
     }
     units
 }
 
 impl Layout {
-    /// Deals `units` out to `minibatches` parts, as even as can be, in an order that `stream` names and the run's `seed` draws;
-    /// fewer parts if there are fewer units.
+    /// Deals the rollouts out to minibatches, as even as can be, in an order that the stream draws; fewer minibatches if there is
+    /// not a group for each. Only rollouts for which `live` says so go through a pass.
     ///
     /// # Errors
     /// If the micro-batches' budget is 0, or a sequence cannot be packed.
     pub fn new(
         prompts: &[&Prompt],
         rollouts: &[Rollout],
-        mut units: Vec<Vec<usize>>,
-        minibatches: usize,
-        micro_batch_tokens: usize,
-        (seed, stream): (u64, &str),
+        live: &dyn Fn(usize) -> bool,
+        cutting: Cutting<'_>,
     ) -> Result<Self> {
-        let mut random = random_stream(seed, stream);
+        let mut units = units(prompts, rollouts, cutting.micro_batch_tokens);
+        let mut random = random_stream(cutting.seed, cutting.stream);
         for last in (1..units.len()).rev() {
             let drawn = (u128::from(random.next_u64()) * (last as u128 + 1)) >> 64;
             units.swap(last, drawn as usize);
         }
-        let parts = minibatches.clamp(1, units.len().max(1));
+        let parts = cutting.minibatches.clamp(1, units.len().max(1));
         let edge = |part: usize| part * units.len() / parts;
         let minibatch = |part: usize| {
             let mut units = units[edge(part)..edge(part + 1)].to_vec();
-            // Back in order: neighbours share their prompts, and the order within a minibatch changes nothing.
+            // Back in order: the order within a minibatch changes nothing, and the passes of one minibatch then do not depend on it.
             units.sort_unstable();
-            micro_batches(prompts, rollouts, &units, micro_batch_tokens)
+            let rollouts_here = units.iter().flatten().copied().collect();
+            for unit in &mut units {
+                unit.retain(|&index| live(index));
+            }
+            units.retain(|unit| !unit.is_empty());
+            Ok(Minibatch {
+                rollouts: rollouts_here,
+                micro_batches: micro_batches(
+                    prompts,
+                    rollouts,
+                    &units,
+                    cutting.micro_batch_tokens,
+                )?,
+            })
         };
-        let minibatches = (0..parts).map(minibatch);
-        let minibatches = minibatches.collect::<Result<Vec<Vec<MicroBatch>>>>()?;
-        Ok(Self {
-            minibatches: minibatches
-                .into_iter()
-                .filter(|minibatch| !minibatch.is_empty())
-                .collect(),
-        })
+        let minibatches = (0..parts).map(minibatch).collect::<Result<_>>()?;
+        Ok(Self { minibatches })
+    }
+
+    /// Whether no rollout is live.
+    pub fn is_empty(&self) -> bool {
+        self.minibatches
+            .iter()
+            .all(|minibatch| minibatch.micro_batches.is_empty())
     }
 
     /// The log-probability of every token of every rollout here under `decoder`, at `temperature`, in nats; empty for rollouts
@@ -119,7 +147,8 @@ impl Layout {
     ) -> Result<Vec<Vec<f32>>> {
         let decoder = decoder.detached();
         let mut logps: Vec<Vec<f32>> = vec![Vec::new(); rollouts.len()];
-        for micro in self.minibatches.iter().flatten() {
+        let minibatches = self.minibatches.iter();
+        for micro in minibatches.flat_map(|minibatch| &minibatch.micro_batches) {
             let gathers = micro.pack.gather(|_, _| true);
             let hidden = decoder.hidden(&micro.pack)?;
             let all = values(tempered_logps(&decoder, &hidden, &gathers, temperature));

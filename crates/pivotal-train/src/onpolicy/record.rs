@@ -5,8 +5,12 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use pivotal_core::{SegmentRecord, read_file, write_atomic};
+use pivotal_credit::ResponseCredit;
+use pivotal_model::Finish;
 use serde::Serialize;
 
+use super::sample::Rollout;
+use super::score::ResponseScore;
 use crate::error::Result;
 use crate::run::{step_of, write_error};
 
@@ -58,20 +62,54 @@ pub struct RolloutRecord<'a> {
     pub keep: &'a [bool],
 }
 
-/// A file of lines that know their step, and can be taken back to an earlier one.
+impl<'a> RolloutRecord<'a> {
+    /// What every recipe knows of a rollout; the rest is empty.
+    pub fn new(step: u64, rollout: &'a Rollout, score: &ResponseScore) -> Self {
+        Self {
+            step,
+            id: rollout.id,
+            sample: rollout.sample,
+            text: &rollout.text,
+            finish: match rollout.finish {
+                Finish::Eos => "eos",
+                Finish::Stop => "stop",
+                Finish::Length => "length",
+            },
+            token_ids: &rollout.token_ids,
+            score: score.total,
+            checks: score.checks,
+            reward: score.reward,
+            sampled_logps: &rollout.sampled_logps,
+            ..Self::default()
+        }
+    }
+
+    /// Adds what credit made of it.
+    #[must_use]
+    pub fn with_credit(mut self, credit: Option<&'a ResponseCredit>) -> Self {
+        if let Some(credit) = credit {
+            self.signal = &credit.signal;
+            self.segments = &credit.segments;
+            self.keep = credit.keep.as_slice();
+        }
+        self
+    }
+}
+
+/// A file of JSON lines that know their step, and that can be taken back to an earlier one.
 #[derive(Debug)]
-pub struct RolloutLog {
+pub struct StepLog {
     path: PathBuf,
     file: File,
 }
 
-impl RolloutLog {
-    /// Opens `rollouts.jsonl` of a run and forgets what came after `step`.
+impl StepLog {
+    /// Opens `name` of a run and forgets what came after `step`.
     ///
     /// # Errors
     /// [`crate::Error::File`].
-    pub fn open(run: &Path, step: u64) -> Result<Self> {
-        let path = run.join("rollouts.jsonl");
+    pub fn open(run: &Path, name: &str, step: u64) -> Result<Self> {
+        let path = run.join(name);
         if path.exists() {
             let bytes = read_file(&path)?;
             let text = String::from_utf8_lossy(&bytes);
@@ -87,14 +125,14 @@ impl RolloutLog {
         Ok(Self { path, file })
     }
 
-    /// Adds lines.
+    /// Adds lines; each must have a `step`.
     ///
     /// # Errors
     /// [`crate::Error::File`] if the disk is full.
-    pub fn write<'a>(&mut self, records: impl Iterator<Item = RolloutRecord<'a>>) -> Result<()> {
+    pub fn write(&mut self, records: impl IntoIterator<Item = impl Serialize>) -> Result<()> {
         let mut lines = Vec::new();
         for record in records {
-            serde_json::to_writer(&mut lines, &record).expect("a rollout is plain data in memory");
+            serde_json::to_writer(&mut lines, &record).expect("a record is plain data in memory");
             lines.push(b'\n');
         }
         let written = self.file.write_all(&lines);

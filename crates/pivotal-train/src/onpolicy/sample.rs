@@ -5,7 +5,7 @@ use std::ops::Range;
 use pivotal_core::random_stream;
 use pivotal_data::Tokenizer;
 use pivotal_model::{
-    Decoder, Finish, GenerateSettings, GenerationStats, Generator, Request, StopStrings,
+    Decoder, Finish, GenerateSettings, GenerationStats, Generator, Request, Sampling, StopStrings,
 };
 use rand::Rng;
 
@@ -39,7 +39,6 @@ pub struct Sampler {
     settings: RolloutSettings,
     precision: Precision,
     seed: u64,
-    eos: Vec<u32>,
     stop: Vec<String>,
     /// Packed once if only an adapter is trained; the adapter is taken anew each time.
     generator: Option<Generator>,
@@ -56,7 +55,6 @@ impl Sampler {
             settings: settings.clone(),
             precision,
             seed,
-            eos: Vec::new(),
             stop: settings.stop_strings(),
             generator: None,
         })
@@ -74,9 +72,33 @@ impl Sampler {
         tokenizer: &Tokenizer,
         step: u64,
     ) -> Result<(Vec<Rollout>, GenerationStats)> {
-        if self.eos.is_empty() {
-            self.eos = policy.config().special_ids.eos.clone();
-        }
+        let (sampling, samples) = (self.settings.sampling(), self.settings.samples);
+        self.respond(policy, prompts, tokenizer, step, (sampling, samples))
+    }
+
+    /// The most probable response to each prompt.
+    ///
+    /// # Errors
+    /// As [`Sampler::sample`].
+    pub fn greedy(
+        &mut self,
+        policy: &mut Decoder,
+        prompts: &[&Prompt],
+        tokenizer: &Tokenizer,
+        step: u64,
+    ) -> Result<Vec<Rollout>> {
+        let sampling = (Sampling::greedy(), 1);
+        Ok(self.respond(policy, prompts, tokenizer, step, sampling)?.0)
+    }
+
+    fn respond(
+        &mut self,
+        policy: &mut Decoder,
+        prompts: &[&Prompt],
+        tokenizer: &Tokenizer,
+        step: u64,
+        (sampling, samples): (Sampling, usize),
+    ) -> Result<(Vec<Rollout>, GenerationStats)> {
         let adapted = policy.has_adapter();
         match &mut self.generator {
             Some(generator) if adapted => generator.refresh(policy),
@@ -84,10 +106,10 @@ impl Sampler {
         }
         let generator = self.generator.as_ref().expect("it was made above");
         let settings = GenerateSettings {
-            sampling: self.settings.sampling(),
-            samples: self.settings.samples,
+            sampling,
+            samples,
             max_tokens: self.settings.max_new_tokens,
-            eos: self.eos.clone(),
+            eos: policy.config().special_ids.eos.clone(),
             batch: self.settings.decode_batch,
             seed: random_stream(self.seed, &format!("rollouts {step}")).next_u64(),
         };

@@ -91,7 +91,18 @@ table! {
     }
 }
 
+table! {
+    /// Held-out prompts, answered greedily along the run and scored alike; nothing is learnt from them.
+    pub struct EvalSettings, EvalFlags {
+        /// A JSONL file of prompts as `data`; none if empty.
+        "eval-data" path: PathBuf = PathBuf::new(),
+        /// Steps between evaluations, beside those before the first and after the last; 0 has these two only.
+        "eval-every" every: u64 = 0,
+    }
+}
+
 overlay! {
+    EvalFlags => EvalSettings,
     PromptFlags => PromptSettings,
     RolloutFlags => RolloutSettings,
     ScoreFlags => ScoreSettings,
