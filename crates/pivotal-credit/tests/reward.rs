@@ -2,8 +2,8 @@
 
 use pivotal_core::{ErrorKind, HasKind, SegmentRecord, Sign};
 use pivotal_credit::{
-    Ending, Error, KlController, KlEstimator, KlPenalty, KlSum, MissingEos, ScoreNormalisation,
-    ScoreRule, Spread, SpreadParts, spread_reward,
+    Ending, Error, KlController, KlEstimator, KlPenalty, KlSum, MissingEos, RunningScale,
+    ScoreNormalisation, ScoreRule, ScoreScaling, Spread, SpreadParts, spread_reward,
 };
 use proptest::prelude::*;
 
@@ -400,4 +400,37 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn running_statistics_are_those_of_all_scores_and_survive_a_checkpoint_bit_for_bit() {
+    let mut rng = pivotal_core::random_stream(3, "running scale");
+    let scores: Vec<f32> = (0..60)
+        .map(|_| (rand::Rng::next_u32(&mut rng) as f32 / 2.0_f32.powi(32)).ln())
+        .collect();
+    let mut scale = RunningScale::default();
+    for batch in scores.chunks(7) {
+        let kept = scale.scale(batch, ScoreScaling::None).unwrap();
+        assert_eq!(kept, batch);
+        let text = serde_json::to_string(&scale).unwrap();
+        assert_eq!(serde_json::from_str::<RunningScale>(&text).unwrap(), scale);
+    }
+    let count = scores.len() as f64;
+    let mean = scores.iter().map(|&score| f64::from(score)).sum::<f64>() / count;
+    let squares = scores.iter().map(|&score| (f64::from(score) - mean).powi(2));
+    let std = (squares.sum::<f64>() / (count - 1.0)).sqrt();
+    assert!((scale.mean() - mean).abs() < 1e-12, "{} {mean}", scale.mean());
+    assert!((scale.std() - std).abs() < 1e-12, "{} {std}", scale.std());
+    assert_eq!(scale.count(), 60);
+}
+
+#[test]
+fn scores_that_never_varied_are_not_divided() {
+    let mut scale = RunningScale::default();
+    assert_eq!(scale.scale(&[], ScoreScaling::Normal).unwrap(), []);
+    assert_eq!(scale.scale(&[2.0], ScoreScaling::Std).unwrap(), [2.0]);
+    assert_eq!(scale.scale(&[2.0, 2.0], ScoreScaling::Normal).unwrap(), [0.0, 0.0]);
+    let before = scale;
+    assert!(scale.scale(&[f32::NAN], ScoreScaling::Std).is_err());
+    assert_eq!(scale, before);
 }
