@@ -51,8 +51,8 @@ pub use kl_controller::KlController;
 pub use offset::Width;
 pub use response::{RecordSample, Response, ResponseCredit};
 pub use reward::{
-    Ending, KlEstimator, KlPenalty, KlShaped, KlSum, MissingEos, RunningScale,
-    ScoreNormalisation, ScoreRule, ScoreScaling, ShapedScore, Spread, SpreadParts, spread_reward,
+    Ending, KlEstimator, KlPenalty, KlShaped, KlSum, MissingEos, RunningScale, ScoreNormalisation,
+    ScoreRule, ScoreScaling, ShapedScore, Spread, SpreadParts, spread_reward,
 };
 pub use rule::CreditRule;
 pub use score::Score;

@@ -417,9 +417,15 @@ fn running_statistics_are_those_of_all_scores_and_survive_a_checkpoint_bit_for_b
     }
     let count = scores.len() as f64;
     let mean = scores.iter().map(|&score| f64::from(score)).sum::<f64>() / count;
-    let squares = scores.iter().map(|&score| (f64::from(score) - mean).powi(2));
+    let squares = scores
+        .iter()
+        .map(|&score| (f64::from(score) - mean).powi(2));
     let std = (squares.sum::<f64>() / (count - 1.0)).sqrt();
-    assert!((scale.mean() - mean).abs() < 1e-12, "{} {mean}", scale.mean());
+    assert!(
+        (scale.mean() - mean).abs() < 1e-12,
+        "{} {mean}",
+        scale.mean()
+    );
     assert!((scale.std() - std).abs() < 1e-12, "{} {std}", scale.std());
     assert_eq!(scale.count(), 60);
 }
@@ -429,7 +435,10 @@ fn scores_that_never_varied_are_not_divided() {
     let mut scale = RunningScale::default();
     assert_eq!(scale.scale(&[], ScoreScaling::Normal).unwrap(), []);
     assert_eq!(scale.scale(&[2.0], ScoreScaling::Std).unwrap(), [2.0]);
-    assert_eq!(scale.scale(&[2.0, 2.0], ScoreScaling::Normal).unwrap(), [0.0, 0.0]);
+    assert_eq!(
+        scale.scale(&[2.0, 2.0], ScoreScaling::Normal).unwrap(),
+        [0.0, 0.0]
+    );
     let before = scale;
     assert!(scale.scale(&[f32::NAN], ScoreScaling::Std).is_err());
     assert_eq!(scale, before);

@@ -13,6 +13,7 @@ mod error;
 pub mod grpo;
 pub mod onpolicy;
 pub mod optimizer;
+pub mod ppo;
 mod progress;
 pub mod reference;
 pub mod reward;

@@ -59,6 +59,18 @@ impl GradientSum {
         });
     }
 
+    /// The same gradients, of a model that is the part `prefix` of a larger one: `prefix.name` for each `name`.
+    #[must_use]
+    pub fn under(self, prefix: &str) -> Self {
+        let name = |name: String| format!("{prefix}.{name}");
+        let matrices = self.matrices.into_iter();
+        let vectors = self.vectors.into_iter();
+        Self {
+            matrices: matrices.map(|(key, sum)| (name(key), sum)).collect(),
+            vectors: vectors.map(|(key, sum)| (name(key), sum)).collect(),
+        }
+    }
+
     /// The gradients by parameter name, in host memory.
     pub fn to_host(&self) -> BTreeMap<String, HostTensor> {
         let matrices = self.matrices.iter();

@@ -54,6 +54,8 @@ enum Command {
     Dpo(recipes::Dpo),
     /// Group-relative policy optimization (GRPO, RLOO) on sampled responses that checks or a reward model score.
     Grpo(Box<recipes::Grpo>),
+    /// Proximal policy optimization on sampled responses, with a value model and segment credit.
+    Ppo(Box<recipes::Ppo>),
     /// Sample responses to prompts.
     Generate(generate::Generate),
     /// Print a text's token ids and the log-probability of each token after the first, as one JSON line.
@@ -86,6 +88,7 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Annotate(command) => command.run(),
         Command::Dpo(command) => command.run(),
         Command::Grpo(command) => command.run(),
+        Command::Ppo(command) => command.run(),
         Command::Generate(command) => command.run(),
         Command::Logps(command) => command.run(),
         Command::Bench(command) => command.run(arguments.threads),

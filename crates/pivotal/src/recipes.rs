@@ -6,6 +6,7 @@ use clap::Args;
 use pivotal_train::annotate::{AnnotateConfig, AnnotateRunFlags};
 use pivotal_train::dpo::{DpoConfig, DpoRunFlags};
 use pivotal_train::grpo::{GrpoConfig, GrpoRunFlags};
+use pivotal_train::ppo::{PpoConfig, PpoRunFlags};
 use pivotal_train::reward::{RewardConfig, RewardRunFlags};
 use pivotal_train::sft::{SftConfig, SftFlags};
 use pivotal_train::{Result as TrainResult, StartMode, read_config, show_config};
@@ -112,6 +113,10 @@ recipe_command!(
     /// `pivotal grpo`.
     Grpo, GrpoConfig, GrpoRunFlags, pivotal_train::grpo::train, say_grpo
 );
+recipe_command!(
+    /// `pivotal ppo`.
+    Ppo, PpoConfig, PpoRunFlags, pivotal_train::ppo::train, say_ppo
+);
 
 /// `pivotal annotate`.
 #[derive(Args)]
@@ -144,6 +149,11 @@ fn say_dpo(summary: &pivotal_train::dpo::Summary) -> Result<(), Failure> {
 }
 
 fn say_grpo(summary: &pivotal_train::grpo::Summary) -> Result<(), Failure> {
+    warn(&summary.last.credit.warnings);
+    say(summary)
+}
+
+fn say_ppo(summary: &pivotal_train::ppo::Summary) -> Result<(), Failure> {
     warn(&summary.last.credit.warnings);
     say(summary)
 }

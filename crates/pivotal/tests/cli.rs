@@ -8,6 +8,8 @@ mod bench;
 mod cards;
 #[path = "cli/output.rs"]
 mod output;
+#[path = "cli/ppo.rs"]
+mod ppo;
 #[path = "cli/recipes.rs"]
 mod recipes;
 #[path = "cli/resume.rs"]

@@ -86,7 +86,8 @@ impl RunningScale {
         let found = crate::advantage::moments(scores.iter().copied(), crate::Variance::Biased);
         let (before, here) = (self.count as f64, scores.len() as f64);
         let distance = found.mean - self.mean;
-        self.squares += found.variance * here + distance * distance * before * here / (before + here);
+        self.squares +=
+            found.variance * here + distance * distance * before * here / (before + here);
         self.mean += distance * here / (before + here);
         self.count += scores.len() as u64;
     }

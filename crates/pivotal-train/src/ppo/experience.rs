@@ -1,33 +1,27 @@
-//! From rollouts to advantages, returns and masks: slices, no tensor.
+//! From scores to advantages and returns: slices, no tensor.
 //!
 //! The order matters, and is METHOD's (section 8):
 //!
 //! ```text
-//! score ▶ clamp, missing EOS ▶ running scale ▶ spread over tokens ▶ less the price of the KL ▶ (whiten)
+//! score ▶ clamp ▶ running scale ▶ spread over tokens ▶ less the price of the KL ▶ (whiten)
 //!       ▶ GAE over all response tokens ▶ whiten ▶ keep mask
 //! ```
 //!
-//! A dropped token is an action that was taken: the mask enters nothing above it. All of it works on numbers that models have
-//! given, detached from any tape.
+//! A dropped token is an action that was taken: the mask, which [`RolloutCredit`](crate::onpolicy::RolloutCredit) makes of
+//! what comes out of here, enters nothing above it. All of it are numbers that models have given, detached from any tape.
 
-use pivotal_core::{Sign, TokenMask};
+use pivotal_core::{SegmentRecord, Sign};
 use pivotal_credit::{
-    Credit, CreditRule, CreditState, Diagnostics, DiagnosticsReport, Drift, Ending, KlController,
-    KlPenalty, KlSum, MaskedValues, Response, ResponseCredit, RunningScale, Selection, Signal,
-    SpreadParts, Thresholds, TokenColumns, Variance, WhitenMean, critic, explained_variance,
-    increment, sequence_signs, spread_reward, whiten,
+    AfterTruncation, Credit, CreditRule, CreditState, Ending, KlController, KlPenalty, KlSum,
+    MaskedValues, MissingEos, Response, RunningScale, ScoreRule, Selection, SequenceSign, Signal,
+    SpreadParts, Variance, WhitenMean, critic, explained_variance, increment, sequence_signs,
+    spread_reward, whiten,
 };
 use serde::{Deserialize, Serialize};
 
 use super::settings::{PpoSettings, RewardSpread, above_zero};
 use crate::error::{Error, Result};
 use crate::score::ResponseValues;
-
-/// Steps at either end of a run whose opposing fractions are compared.
-const DRIFT_STEPS: usize = 20;
-
-/// Tokens of at most this probability under the policy count as decisive in diagnostics.
-const DECISIVE_PROBABILITY: f64 = 0.9;
 
 /// A response with what the models say of it.
 #[derive(Clone, Debug)]
@@ -44,37 +38,39 @@ pub struct Measured {
     pub old_logps: Vec<f32>,
     /// The same under the reference.
     pub reference_logps: Vec<f32>,
-    /// The value model's values.
+    /// The value model's values, each of the state *at* its token.
     pub values: ResponseValues,
     /// The reward model's, where there is one.
     pub levels: Option<ResponseValues>,
-    /// The text of each token, where the credit rule reads it.
-    pub texts: Option<Vec<String>>,
+    /// The text of each token, where the rule that cuts segments reads it.
+    pub texts: Vec<String>,
 }
 
-/// What the update takes of one response, each `[tokens]`.
-#[derive(Clone, Debug, PartialEq)]
+/// What a batch of responses teaches, each list `[responses][tokens]`.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Experience {
-    /// Log-probabilities under the policy that sampled it, in nats.
-    pub old_logps: Vec<f32>,
     /// Value of the state before each token when it was sampled.
-    pub old_values: Vec<f32>,
+    pub old_values: Vec<Vec<f32>>,
+    /// The reward of each token, the price of the KL paid.
+    pub rewards: Vec<Vec<f32>>,
     /// The advantages that the policy loss multiplies.
-    pub advantages: Vec<f32>,
+    pub advantages: Vec<Vec<f32>>,
     /// What the value model learns.
-    pub returns: Vec<f32>,
-    /// Which tokens the policy loss uses.
-    pub keep: TokenMask,
+    pub returns: Vec<Vec<f32>>,
+    /// The sign of each response, of its score less the baseline, `[responses]`.
+    pub signs: Vec<Sign>,
 }
 
 /// One batch's numbers before any update.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct ExperienceMetrics {
+pub struct ExperienceNumbers {
     /// Mean score as it was given.
     pub score: f64,
-    /// Mean score after clamp, missing EOS and scale: what is paid.
-    pub shaped_score: f64,
+    /// Standard deviation of the scores.
+    pub score_std: f64,
+    /// Mean score after clamp and scale: what is paid at the end with the spread `last`.
+    pub paid_score: f64,
     /// Share of responses that did not end by themselves.
     pub truncated_fraction: f64,
     /// Mean length of a response.
@@ -102,121 +98,108 @@ pub struct ExperienceMetrics {
     /// Standard deviation of the advantages before whitening.
     pub advantage_std: f64,
     /// How much of the returns' variance the value model explained; absent where they do not vary.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub explained_variance: Option<f64>,
-    /// Share of response tokens that the policy loss uses.
-    pub kept_fraction: f64,
-    /// Share of responses of which it uses none.
-    pub empty_mask_fraction: f64,
-    /// Change of the fraction of segments against their response's sign since the run began, once it can be told.
-    pub opposing_drift: Option<f64>,
-    /// Segments, masks and signs, where a signal was segmented.
-    pub credit: Option<DiagnosticsReport>,
 }
 
 /// What is remembered from batch to batch; part of a checkpoint.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct ExperienceState {
+pub struct ShaperState {
     controller: KlController,
     scale: RunningScale,
     spread: Option<CreditState>,
-    credit: Option<CreditState>,
-    /// Bits of each batch's opposing fraction: JSON may lose the last one.
-    opposing: Vec<u64>,
 }
 
 /// Turns batches of measured responses into experience.
+#[derive(Debug)]
 pub struct Shaper {
     settings: PpoSettings,
-    rule: CreditRule,
     controller: KlController,
     scale: RunningScale,
-    /// Segments that rewards are paid to, whatever the mask.
-    spread: Option<Credit>,
-    /// The mask; absent where every token is kept.
-    credit: Option<Credit>,
-    opposing: Vec<u64>,
-}
-
-/// What [`Shaper::shape`] makes of a batch.
-pub struct Shaped {
-    /// Of each response, in order.
-    pub experience: Vec<Experience>,
-    /// What credit made of each; empty where every token is kept unseen.
-    pub credit: Vec<ResponseCredit>,
-    /// The batch's numbers.
-    pub metrics: ExperienceMetrics,
-    /// Warnings about the masks, in words.
-    pub warnings: Vec<String>,
+    /// The signal that is paid, and the segments that it is paid to; `None` where the score is paid at the end.
+    spread: Option<(Signal, Credit)>,
 }
 
 impl Shaper {
-    /// A shaper at the start of a run.
+    /// A shaper: at the start of a run, or as `state` left it.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a signal or column that PPO does not have, naming the key.
+    /// [`Error::Setting`] for a spread whose signal no reward model gives; [`Error::Checkpoint`] for the state of another
+    /// configuration.
     pub fn new(
         settings: &PpoSettings,
         rule: &CreditRule,
         has_reward_model: bool,
         seed: u64,
+        state: Option<ShaperState>,
     ) -> Result<Self> {
         settings.check()?;
-        check_rule(settings, rule, has_reward_model)?;
-        let pays_segments = matches!(
-            settings.spread,
-            RewardSpread::SegmentEven | RewardSpread::SegmentLast
-        );
-        let segments = || {
-            let mut all = rule.clone();
-            all.selection = Selection::All;
-            all.sequence_sign = pivotal_credit::SequenceSign::Response;
-            Credit::new(all, seed)
+        let spread = match settings.spread {
+            RewardSpread::Last => None,
+            _ => {
+                let level = matches!(rule.signal, Signal::Level | Signal::Increment);
+                if !level || !has_reward_model {
+                    return Err(Error::Setting {
+                        key: "spread",
+                        found: format!("{:?} with credit-signal {}", settings.spread, rule.signal),
+                        expected: "last, or `--reward-model` and `--credit-signal` level or increment, which is what is paid",
+                    });
+                }
+                // Segments as the mask cuts them, whatever it keeps; no column is known before the rewards are.
+                let mut segments = rule.clone();
+                segments.selection = Selection::All;
+                segments.sequence_sign = SequenceSign::Response;
+                if let Some((_, by)) = segments.needed_columns().first() {
+                    return Err(Error::Setting {
+                        key: "spread",
+                        found: format!("{:?} with {by}", settings.spread),
+                        expected: "last, or a rule that cuts by the signal alone",
+                    });
+                }
+                Some((rule.signal, Credit::new(segments, seed)))
+            }
         };
-        Ok(Self {
-            settings: settings.clone(),
-            rule: rule.clone(),
+        let mut shaper = Self {
             controller: settings.controller()?,
             scale: RunningScale::default(),
-            spread: pays_segments.then(segments),
-            credit: (rule.selection != Selection::All).then(|| Credit::new(rule.clone(), seed)),
-            opposing: Vec::new(),
-        })
+            settings: settings.clone(),
+            spread,
+        };
+        if let Some(state) = state {
+            shaper.spread = match (shaper.spread, state.spread) {
+                (None, None) => None,
+                (Some((signal, credit)), Some(state)) => {
+                    let rule = credit.rule().clone();
+                    Some((signal, Credit::resume(rule, seed, state)?))
+                }
+                _ => {
+                    return Err(Error::Checkpoint {
+                        what: "the state of this spread".into(),
+                    });
+                }
+            };
+            (shaper.controller, shaper.scale) = (state.controller, state.scale);
+        }
+        Ok(shaper)
     }
 
     /// What a checkpoint keeps.
-    pub fn state(&self) -> ExperienceState {
-        let state = |credit: &Option<Credit>| credit.as_ref().map(|credit| credit.state().clone());
-        ExperienceState {
+    pub fn state(&self) -> ShaperState {
+        ShaperState {
             controller: self.controller,
             scale: self.scale,
-            spread: state(&self.spread),
-            credit: state(&self.credit),
-            opposing: self.opposing.clone(),
+            spread: self
+                .spread
+                .as_ref()
+                .map(|(_, credit)| credit.state().clone()),
         }
     }
 
-    /// Takes back what [`Shaper::state`] gave.
-    ///
-    /// # Errors
-    /// [`Error::Checkpoint`] if the state is of another configuration.
-    pub fn restore(&mut self, state: ExperienceState, seed: u64) -> Result<()> {
-        let again = |credit: &Option<Credit>, state: Option<CreditState>, what: &str| {
-            match (credit, state) {
-                (None, None) => Ok(None),
-                (Some(credit), Some(state)) => {
-                    Ok(Some(Credit::resume(credit.rule().clone(), seed, state)?))
-                }
-                _ => Err(Error::Checkpoint {
-                    what: format!("the state of its own {what}"),
-                }),
-            }
-        };
-        self.spread = again(&self.spread, state.spread, "spread")?;
-        self.credit = again(&self.credit, state.credit, "credit")?;
-        (self.controller, self.scale) = (state.controller, state.scale);
-        self.opposing = state.opposing;
-        Ok(())
+    /// Whether the rule that cuts segments for rewards reads token texts.
+    pub fn needs_texts(&self) -> bool {
+        let spread = self.spread.as_ref();
+        spread.is_some_and(|(_, credit)| credit.rule().needs_texts())
     }
 
     /// The coefficient that the next batch pays.
@@ -224,86 +207,85 @@ impl Shaper {
         self.controller.kl_coef()
     }
 
-    /// Experience of a batch of step `step` (from 1).
+    /// Experience of a batch in step `step` (from 1).
     ///
     /// # Errors
     /// [`Error::NotFinite`] naming the number and the rows that have it; [`Error::Credit`] for a rule that does not hold up.
-    pub fn shape(&mut self, batch: &[Measured], step: u64) -> Result<Shaped> {
+    pub fn shape(
+        &mut self,
+        batch: &[Measured],
+        step: u64,
+    ) -> Result<(Experience, ExperienceNumbers)> {
         check_finite(batch, step)?;
         let settings = self.settings.clone();
-        let mut metrics = ExperienceMetrics {
+        let mut numbers = ExperienceNumbers {
             kl_coef: self.controller.kl_coef(),
-            ..ExperienceMetrics::default()
+            ..ExperienceNumbers::default()
         };
-        let scores = self.scores(batch, &mut metrics)?;
+        let scores = self.scores(batch, &mut numbers)?;
         let prompts: Vec<u64> = batch.iter().map(|one| one.id).collect();
         let signs = sequence_signs(&prompts, &scores, settings.sign_baseline.into())?;
         let task = self.task_rewards(batch, &scores, &signs)?;
-
+        // Every token of a sampled response is the policy's own.
         let masks: Vec<Vec<bool>> = batch
             .iter()
             .map(|one| vec![true; one.old_logps.len()])
             .collect();
-        let mut rewards = self.rewards(batch, &task, &masks, &mut metrics)?;
+        let mut rewards = self.rewards(batch, &task, &masks, &mut numbers)?;
         let variance = settings.whiten_variance.into();
         if settings.whiten_rewards {
             whitened(&mut rewards, &masks, WhitenMean::Kept, variance)?;
         }
         let gae = settings.gae()?;
-        let (mut advantages, mut returns, mut values) = (vec![], vec![], vec![]);
+        let (mut advantages, mut returns, mut old_values) = (vec![], vec![], vec![]);
         for ((one, rewards), mask) in batch.iter().zip(&rewards).zip(&masks) {
             let (before, after) = critic(one.values.prompt_value, &one.values.levels);
-            let last = pivotal_credit::AfterTruncation::from(settings.after_truncation)
-                .final_value(one.ending, after);
-            let found = gae.advantages(rewards, &before, mask, last)?;
+            let rule = AfterTruncation::from(settings.after_truncation);
+            let after = rule.final_value(one.ending, after);
+            let found = gae.advantages(rewards, &before, mask, after)?;
             advantages.push(found.advantages);
             returns.push(found.returns);
-            values.push(before);
+            old_values.push(before);
         }
-        let flat = |lists: &[Vec<f32>]| lists.concat();
-        metrics.explained_variance =
-            explained_variance(&flat(&values), &flat(&returns), &flat_flags(&masks))?;
-        (metrics.advantage_mean, metrics.advantage_std) = mean_and_std(&flat(&advantages));
+        numbers.explained_variance =
+            explained_variance(&old_values.concat(), &returns.concat(), &masks.concat())?;
+        (numbers.advantage_mean, numbers.advantage_std) = mean_and_std(&advantages.concat());
         if settings.whiten_advantages {
             whitened(&mut advantages, &masks, WhitenMean::Removed, variance)?;
         }
-
-        let (keep, credit, warnings) =
-            self.masks(batch, &values, &advantages, &signs, &mut metrics)?;
-        let lists = batch.iter().zip(values).zip(advantages).zip(returns).zip(keep);
-        let experience = lists
-            .map(|((((one, old_values), advantages), returns), keep)| Experience {
-                old_logps: one.old_logps.clone(),
-                old_values,
-                advantages,
-                returns,
-                keep,
-            })
-            .collect();
-        Ok(Shaped {
-            experience,
-            credit,
-            metrics,
-            warnings,
-        })
+        let experience = Experience {
+            old_values,
+            rewards,
+            advantages,
+            returns,
+            signs,
+        };
+        Ok((experience, numbers))
     }
 
     /// Scores as they are paid.
-    fn scores(&mut self, batch: &[Measured], metrics: &mut ExperienceMetrics) -> Result<Vec<f32>> {
-        let rule = self.settings.score_rule();
+    fn scores(&mut self, batch: &[Measured], numbers: &mut ExperienceNumbers) -> Result<Vec<f32>> {
+        let rule = ScoreRule {
+            clamp: above_zero(self.settings.score_clamp),
+            // The scorer has taken its penalty already.
+            missing_eos: MissingEos::Ignore,
+        };
         let mut scores = Vec::with_capacity(batch.len());
         let share = 1.0 / batch.len().max(1) as f64;
         for one in batch {
             let shaped = rule.shape(one.score, one.ending)?;
-            metrics.score += share * f64::from(one.score);
-            metrics.clamped_scores += usize::from(shaped.clamped);
-            metrics.truncated_fraction += share * f64::from(u8::from(shaped.missing_eos));
-            metrics.response_tokens += share * one.old_logps.len() as f64;
+            numbers.clamped_scores += usize::from(shaped.clamped);
+            numbers.truncated_fraction += share * f64::from(u8::from(shaped.missing_eos));
+            numbers.response_tokens += share * one.old_logps.len() as f64;
             scores.push(shaped.score);
         }
-        let scores = self.scale.scale(&scores, self.settings.score_scaling.into())?;
-        metrics.shaped_score = scores.iter().map(|&score| share * f64::from(score)).sum();
-        Ok(scores)
+        let given: Vec<f32> = batch.iter().map(|one| one.score).collect();
+        (numbers.score, numbers.score_std) = mean_and_std(&given);
+        let paid = self
+            .scale
+            .scale(&scores, self.settings.score_scaling.into())?;
+        numbers.paid_score = mean_and_std(&paid).0;
+        Ok(paid)
     }
 
     /// The task's reward of each token.
@@ -313,40 +295,52 @@ impl Shaper {
         scores: &[f32],
         signs: &[Sign],
     ) -> Result<Vec<Vec<f32>>> {
-        let signals: Vec<Vec<f32>> = match self.settings.spread {
-            RewardSpread::Last => vec![Vec::new(); batch.len()],
-            _ => batch
-                .iter()
-                .map(|one| reward_signal(self.rule.signal, one))
-                .collect(),
-        };
-        let segments = match &mut self.spread {
-            Some(credit) => {
-                let texts = texts(batch);
-                let responses = responses(batch, &signals, signs, &texts);
-                credit.assign(&responses)?
-            }
-            None => Vec::new(),
-        };
         let spread = self.settings.spread.into();
-        let paid = batch.iter().zip(scores).enumerate().map(|(index, (one, &score))| {
+        let pay = |index: usize, segments: &[SegmentRecord], signal: &[f32]| {
+            let score = scores[index];
             let parts = SpreadParts {
                 score,
-                segments: segments.get(index).map_or(&[], |given| &given.segments[..]),
-                signal: &signals[index],
+                segments,
+                signal,
             };
-            Ok(spread_reward(spread, parts, &vec![true; one.old_logps.len()])?)
-        });
-        paid.collect()
+            let own = vec![true; batch[index].old_logps.len()];
+            Ok(spread_reward(spread, parts, &own)?)
+        };
+        let Some((signal, credit)) = &mut self.spread else {
+            return (0..batch.len()).map(|index| pay(index, &[], &[])).collect();
+        };
+        let signals: Vec<Vec<f32>> = batch
+            .iter()
+            .map(|one| paid_signal(*signal, one))
+            .collect::<Result<_>>()?;
+        let texts: Vec<Vec<&str>> = batch
+            .iter()
+            .map(|one| one.texts.iter().map(String::as_str).collect())
+            .collect();
+        let responses: Vec<Response<'_>> = batch
+            .iter()
+            .enumerate()
+            .map(|(index, one)| {
+                let mut response = Response::new(one.id, one.sample, &signals[index], signs[index]);
+                let texts = &texts[index][..];
+                response.texts = (!texts.is_empty()).then_some(texts);
+                response
+            })
+            .collect();
+        let given = credit.assign(&responses)?;
+        let segments = given.iter().enumerate();
+        segments
+            .map(|(index, given)| pay(index, &given.segments, &signals[index]))
+            .collect()
     }
 
-    /// The task's rewards less the price of the KL; the controller then takes what it was.
+    /// The task's rewards less the price of the KL; the controller then takes what that was.
     fn rewards(
         &mut self,
         batch: &[Measured],
         task: &[Vec<f32>],
         masks: &[Vec<bool>],
-        metrics: &mut ExperienceMetrics,
+        numbers: &mut ExperienceNumbers,
     ) -> Result<Vec<Vec<f32>>> {
         let penalty = KlPenalty {
             kl_coef: self.controller.kl_coef(),
@@ -359,182 +353,48 @@ impl Shaper {
         for ((one, task), mask) in batch.iter().zip(task).zip(masks) {
             let shaped = penalty.rewards(&one.old_logps, &one.reference_logps, task, mask)?;
             sum.merge(&shaped.kl);
-            metrics.clamped_log_ratios += shaped.clamped_log_ratios;
-            metrics.clamped_kls += shaped.clamped_kls;
+            numbers.clamped_log_ratios += shaped.clamped_log_ratios;
+            numbers.clamped_kls += shaped.clamped_kls;
             rewards.push(shaped.rewards);
         }
         let tokens = sum.tokens.max(1) as f64;
-        metrics.kl = sum.k1 / batch.len().max(1) as f64;
-        metrics.kl_k1 = sum.k1 / tokens;
-        metrics.kl_k2 = sum.k2 / tokens;
-        metrics.kl_k3 = sum.k3 / tokens;
-        metrics.max_abs_log_ratio = sum.max_abs_log_ratio;
-        self.controller.update(metrics.kl, batch.len() as u64)?;
+        numbers.kl = sum.k1 / batch.len().max(1) as f64;
+        numbers.kl_k1 = sum.k1 / tokens;
+        numbers.kl_k2 = sum.k2 / tokens;
+        numbers.kl_k3 = sum.k3 / tokens;
+        numbers.max_abs_log_ratio = sum.max_abs_log_ratio;
+        self.controller.update(numbers.kl, batch.len() as u64)?;
         Ok(rewards)
     }
-
-    /// Which tokens the policy loss uses, of numbers alone.
-    #[expect(clippy::type_complexity, reason = "taken apart where it is called")]
-    fn masks(
-        &mut self,
-        batch: &[Measured],
-        values: &[Vec<f32>],
-        advantages: &[Vec<f32>],
-        signs: &[Sign],
-        metrics: &mut ExperienceMetrics,
-    ) -> Result<(Vec<TokenMask>, Vec<ResponseCredit>, Vec<String>)> {
-        let Some(credit) = &mut self.credit else {
-            metrics.kept_fraction = 1.0;
-            let all = |one: &Measured| TokenMask::all(one.old_logps.len());
-            return Ok((batch.iter().map(all).collect(), Vec::new(), Vec::new()));
-        };
-        let signals: Vec<Vec<f32>> = match credit.rule().signal {
-            Signal::Critic => values.to_vec(),
-            Signal::Advantage => advantages.to_vec(),
-            signal if !credit.rule().needs_signal() && !reads_reward_model(signal) => {
-                advantages.iter().map(|one| vec![0.0; one.len()]).collect()
-            }
-            signal => batch.iter().map(|one| reward_signal(signal, one)).collect(),
-        };
-        let texts = texts(batch);
-        let mut responses = responses(batch, &signals, signs, &texts);
-        for ((response, one), advantages) in responses.iter_mut().zip(batch).zip(advantages) {
-            response.columns = TokenColumns {
-                advantages: Some(advantages),
-                old_token_logps: Some(&one.old_logps),
-                token_logps: Some(&one.old_logps),
-                reference_token_logps: Some(&one.reference_logps),
-                ..TokenColumns::default()
-            };
-        }
-        let given = credit.assign(&responses)?;
-        let mut diagnostics = Diagnostics::new(DECISIVE_PROBABILITY);
-        for (one, given) in batch.iter().zip(&given) {
-            diagnostics.observe(given, None, Some(&one.old_logps))?;
-        }
-        let report = diagnostics.report();
-        self.opposing.push(report.opposing_fraction.to_bits());
-        let mut drift = Drift::new(DRIFT_STEPS);
-        self.opposing
-            .iter()
-            .for_each(|&bits| drift.push(f64::from_bits(bits)));
-        let thresholds = Thresholds::default();
-        let warnings = thresholds.warnings(&report, credit.rule()).into_iter();
-        let warnings = warnings.chain(thresholds.drift_warning(&drift));
-        let warnings = warnings.map(|warning| warning.to_string()).collect();
-        metrics.kept_fraction = report.kept_fraction;
-        metrics.empty_mask_fraction = report.empty_mask_fraction;
-        metrics.opposing_drift = drift.change();
-        metrics.credit = Some(report);
-        let keep = given.iter().map(|given| given.keep.clone()).collect();
-        Ok((keep, given, warnings))
-    }
 }
 
-fn check_rule(settings: &PpoSettings, rule: &CreditRule, has_reward_model: bool) -> Result<()> {
-    let setting = |key, found: String, expected| {
-        Err(Error::Setting {
-            key,
-            found,
-            expected,
-        })
-    };
-    if rule.weighting == pivotal_credit::Weighting::Soft {
-        let expected = "hard: the losses of these recipes take masks, not weights";
-        return setting("credit-weighting", "soft".into(), expected);
-    }
-    let pays_signal = settings.spread != RewardSpread::Last;
-    let masks = rule.selection != Selection::All;
-    if pays_signal && !reads_reward_model(rule.signal) {
-        let expected = "level or increment: the spread pays the reward model's signal";
-        return setting("credit-signal", rule.signal.to_string(), expected);
-    }
-    let reads = pays_signal || (masks && rule.needs_signal());
-    if reads && reads_reward_model(rule.signal) && !has_reward_model {
-        let expected = "critic or advantage, or a reward model for level and increment";
-        return setting("credit-signal", rule.signal.to_string(), expected);
-    }
-    let known = reads_reward_model(rule.signal)
-        || matches!(rule.signal, Signal::Critic | Signal::Advantage);
-    if reads && !known {
-        let expected = "critic, advantage, or with a reward model level or increment; `--credit-selection all` needs none";
-        return setting("credit-signal", rule.signal.to_string(), expected);
-    }
-    if rule.needs_truth() {
-        let expected = "a selection that needs no labels: samples have none";
-        return setting("credit-selection", "truth".into(), expected);
-    }
-    let missing = rule.needed_columns().into_iter().find(|(column, _)| {
-        matches!(
-            column,
-            pivotal_credit::TokenColumn::PolicyEntropies
-                | pivotal_credit::TokenColumn::ReferenceEntropies
-        )
-    });
-    match missing {
-        Some((_, by)) if masks || pays_signal => {
-            let expected = "a rule without entropies: this recipe does not take them";
-            setting("credit", by.to_owned(), expected)
-        }
-        _ => Ok(()),
-    }
-}
-
-fn reads_reward_model(signal: Signal) -> bool {
-    matches!(signal, Signal::Level | Signal::Increment)
-}
-
-/// `level` or `increment`; nothing without a reward model, which [`check_rule`] refuses where it is read.
-fn reward_signal(signal: Signal, one: &Measured) -> Vec<f32> {
-    match (&one.levels, signal) {
-        (Some(levels), Signal::Increment) => increment(levels.prompt_value, &levels.levels),
-        (Some(levels), _) => levels.levels.clone(),
-        (None, _) => vec![0.0; one.old_logps.len()],
-    }
-}
-
-fn texts(batch: &[Measured]) -> Vec<Option<Vec<&str>>> {
-    batch
-        .iter()
-        .map(|one| {
-            one.texts
-                .as_ref()
-                .map(|texts| texts.iter().map(String::as_str).collect())
-        })
-        .collect()
-}
-
-fn responses<'a>(
-    batch: &[Measured],
-    signals: &'a [Vec<f32>],
-    signs: &[Sign],
-    texts: &'a [Option<Vec<&'a str>>],
-) -> Vec<Response<'a>> {
-    let parts = batch.iter().zip(signals).zip(signs).zip(texts);
-    parts
-        .map(|(((one, signal), &sign), texts)| {
-            let mut response = Response::new(one.id, one.sample, signal, sign);
-            response.texts = texts.as_deref();
-            response
-        })
-        .collect()
+/// `level` or `increment` of the reward model.
+fn paid_signal(signal: Signal, one: &Measured) -> Result<Vec<f32>> {
+    let levels = one.levels.as_ref().ok_or_else(|| Error::Setting {
+        key: "spread",
+        found: format!("without a reward model's values of row {}", one.id),
+        expected: "last, or `--reward-model`",
+    })?;
+    Ok(match signal {
+        Signal::Increment => increment(levels.prompt_value, &levels.levels),
+        _ => levels.levels.clone(),
+    })
 }
 
 fn check_finite(batch: &[Measured], step: u64) -> Result<()> {
-    type Numbers = fn(&Measured) -> Vec<f32>;
-    let columns: [(&'static str, Numbers); 5] = [
-        ("score", |one| vec![one.score]),
-        ("old_logps", |one| one.old_logps.clone()),
-        ("reference_logps", |one| one.reference_logps.clone()),
-        ("values", |one| with_prompt(&one.values)),
-        ("reward_model_values", |one| {
-            one.levels.as_ref().map_or(Vec::new(), with_prompt)
+    let finite = |values: &[f32]| values.iter().all(|value| value.is_finite());
+    let whole = |values: &ResponseValues| values.prompt_value.is_finite() && finite(&values.levels);
+    let good: [(&'static str, &dyn Fn(&Measured) -> bool); 5] = [
+        ("score", &|one| one.score.is_finite()),
+        ("old_logps", &|one| finite(&one.old_logps)),
+        ("reference_logps", &|one| finite(&one.reference_logps)),
+        ("values", &|one| whole(&one.values)),
+        ("reward_model_values", &|one| {
+            one.levels.as_ref().is_none_or(whole)
         }),
     ];
-    for (metric, numbers) in columns {
-        let bad = batch
-            .iter()
-            .filter(|one| numbers(one).iter().any(|number| !number.is_finite()));
+    for (metric, good) in good {
+        let bad = batch.iter().filter(|one| !good(one));
         let samples: Vec<u64> = bad.map(|one| one.id).collect();
         if !samples.is_empty() {
             return Err(Error::NotFinite {
@@ -545,12 +405,6 @@ fn check_finite(batch: &[Measured], step: u64) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn with_prompt(values: &ResponseValues) -> Vec<f32> {
-    let mut all = values.levels.clone();
-    all.push(values.prompt_value);
-    all
 }
 
 fn whitened(
@@ -571,13 +425,11 @@ fn whitened(
     Ok(())
 }
 
-fn flat_flags(masks: &[Vec<bool>]) -> Vec<bool> {
-    masks.concat()
-}
-
 fn mean_and_std(values: &[f32]) -> (f64, f64) {
     let count = values.len().max(1) as f64;
     let mean = values.iter().map(|&value| f64::from(value)).sum::<f64>() / count;
-    let squares = values.iter().map(|&value| (f64::from(value) - mean).powi(2));
+    let squares = values
+        .iter()
+        .map(|&value| (f64::from(value) - mean).powi(2));
     (mean, (squares.sum::<f64>() / count).sqrt())
 }

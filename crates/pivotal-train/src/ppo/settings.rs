@@ -4,14 +4,13 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 use pivotal_credit::{
-    AfterTruncation, Gae, KlController, KlEstimator, MissingEos, ScoreBaseline, ScoreRule,
-    ScoreScaling, Spread, Variance,
+    AfterTruncation, Gae, KlController, KlEstimator, ScoreBaseline, ScoreScaling, Spread, Variance,
 };
 use pivotal_loss::Clip;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
-use crate::settings::{HeadInit, Overlay};
+use crate::error::Result;
+use crate::settings::{HeadInit, domain, overlay};
 use crate::table::table;
 
 /// Choices of `pivotal-credit`, as flags and files name them.
@@ -99,20 +98,6 @@ choices! {
     }
 }
 
-/// What a response that did not end by itself does to its score.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "snake_case")]
-#[value(rename_all = "snake_case")]
-pub enum MissingEosRule {
-    /// Nothing.
-    #[default]
-    Ignore,
-    /// A penalty is taken from it.
-    Penalty,
-    /// A fixed score takes its place.
-    Score,
-}
-
 /// How the losses of an optimizer step's tokens become one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
@@ -129,7 +114,9 @@ table! {
     /// Proximal policy optimization.
     pub struct PpoSettings, PpoFlags {
         /// Passes over each batch of rollouts.
-        "update-epochs" update_epochs: u64 = 2,
+        "update-epochs" update_epochs: usize = 2,
+        /// Optimizer steps that a pass over the sampled responses is cut into, by prompt.
+        "minibatches" minibatches: usize = 2,
         /// How far a token's probability may move before it is pushed no further: down to 1 − this.
         "clip-low" clip_low: f64 = 0.2,
         /// The same upwards: up to 1 + this.
@@ -163,10 +150,6 @@ table! {
         "score-clamp" score_clamp: f32 = 0.0,
         /// What becomes of scores over the run: none, std or normal.
         "score-scaling" score_scaling: Scaling = Scaling::None,
-        /// What a response without its ending token does to its score: ignore, penalty or score.
-        "missing-eos" missing_eos: MissingEosRule = MissingEosRule::Ignore,
-        /// The penalty, or with `score` the score itself.
-        "missing-eos-value" missing_eos_value: f32 = 1.0,
         /// Where a reward is paid: last, segment_even, segment_last or token.
         /// All but last pay the reward model's signal, level or increment, that `credit-signal` names.
         "spread" spread: RewardSpread = RewardSpread::Last,
@@ -187,18 +170,13 @@ table! {
     }
 }
 
-impl Overlay<PpoSettings> for PpoFlags {
-    fn lay(self, settings: &mut PpoSettings) -> Result<()> {
-        self.apply(settings);
-        Ok(())
-    }
-}
+overlay! { PpoFlags => PpoSettings }
 
 impl PpoSettings {
     /// Checks every number's domain.
     ///
     /// # Errors
-    /// [`Error::Setting`] or [`Error::Credit`], naming the key.
+    /// [`crate::Error::Setting`] or [`crate::Error::Credit`], naming the key.
     pub fn check(&self) -> Result<()> {
         let not_negative = "a number of at least 0";
         let numbers = [
@@ -210,14 +188,17 @@ impl PpoSettings {
             ("score-clamp", f64::from(self.score_clamp)),
         ];
         for (key, value) in numbers {
-            holds(key, value, not_negative, value >= 0.0)?;
+            domain(key, value, not_negative, value >= 0.0)?;
         }
         let low = self.clip_low;
-        holds("clip-low", low, "from 0 to 1", (0.0..=1.0).contains(&low))?;
-        let missing = f64::from(self.missing_eos_value);
-        holds("missing-eos-value", missing, "a finite number", true)?;
-        let epochs = self.update_epochs;
-        holds("update-epochs", epochs as f64, "at least 1", epochs > 0)?;
+        domain("clip-low", low, "from 0 to 1", (0.0..=1.0).contains(&low))?;
+        let counts = [
+            ("update-epochs", self.update_epochs),
+            ("minibatches", self.minibatches),
+        ];
+        for (key, count) in counts {
+            domain(key, count as f64, "at least 1", count > 0)?;
+        }
         self.gae()?;
         self.controller()?;
         Ok(())
@@ -234,22 +215,10 @@ impl PpoSettings {
             true => KlController::adaptive(self.kl_coef, self.kl_target, self.kl_horizon)?,
             false => {
                 let target = self.kl_target;
-                holds("kl-target", target, "at least 0", target == 0.0)?;
+                domain("kl-target", target, "at least 0", target == 0.0)?;
                 KlController::fixed(self.kl_coef)?
             }
         })
-    }
-
-    /// How scores are corrected.
-    pub(crate) fn score_rule(&self) -> ScoreRule {
-        ScoreRule {
-            clamp: above_zero(self.score_clamp),
-            missing_eos: match self.missing_eos {
-                MissingEosRule::Ignore => MissingEos::Ignore,
-                MissingEosRule::Penalty => MissingEos::Penalty(self.missing_eos_value),
-                MissingEosRule::Score => MissingEos::Score(self.missing_eos_value),
-            },
-        }
     }
 
     /// How far the ratio may go.
@@ -264,15 +233,4 @@ impl PpoSettings {
 /// A limit, where there is one.
 pub(crate) fn above_zero(limit: f32) -> Option<f32> {
     (limit > 0.0).then_some(limit)
-}
-
-fn holds(key: &'static str, value: f64, expected: &'static str, holds: bool) -> Result<()> {
-    match value.is_finite() && holds {
-        true => Ok(()),
-        false => Err(Error::Setting {
-            key,
-            found: value.to_string(),
-            expected,
-        }),
-    }
 }
