@@ -381,10 +381,13 @@ fn paid_signal(signal: Signal, one: &Measured) -> Result<Vec<f32>> {
     })
 }
 
+/// A metric and whether a response's is finite.
+type NamedCheck<'a> = (&'static str, &'a dyn Fn(&Measured) -> bool);
+
 fn check_finite(batch: &[Measured], step: u64) -> Result<()> {
     let finite = |values: &[f32]| values.iter().all(|value| value.is_finite());
     let whole = |values: &ResponseValues| values.prompt_value.is_finite() && finite(&values.levels);
-    let good: [(&'static str, &dyn Fn(&Measured) -> bool); 5] = [
+    let good: [NamedCheck<'_>; 5] = [
         ("score", &|one| one.score.is_finite()),
         ("old_logps", &|one| finite(&one.old_logps)),
         ("reference_logps", &|one| finite(&one.reference_logps)),
