@@ -6,6 +6,8 @@ mod bad_input;
 mod bench;
 #[path = "cli/cards.rs"]
 mod cards;
+#[path = "cli/onpolicy.rs"]
+mod onpolicy;
 #[path = "cli/output.rs"]
 mod output;
 #[path = "cli/ppo.rs"]

@@ -153,7 +153,6 @@ pub fn train(config: &GrpoConfig, mode: StartMode) -> Result<Summary> {
     )?;
     check(config)?;
     let (seed, precision) = (config.run.seed, config.model.precision);
-    RolloutCredit::new(&config.credit, seed, "")?;
     let mut workspace = Workspace::load(&config.model)?;
     let prompts = read_prompts(&config.data, &workspace)?;
     let budget = config.optimizer.micro_batch_tokens;
@@ -204,6 +203,7 @@ fn check(config: &GrpoConfig) -> Result<()> {
     config.score.check()?;
     config.signal.check()?;
     config.grpo.check()?;
+    RolloutCredit::check(&config.credit, &config.score, &config.signal, false)?;
     if config.optimizer.batch != OptimizerSettings::default().batch {
         return Err(Error::Setting {
             key: "batch",

@@ -2,8 +2,8 @@
 
 use pivotal_core::{Sign, TokenMask};
 use pivotal_credit::{
-    Credit, CreditConfig, CreditRule, CreditState, Diagnostics, Drift, Response, ResponseCredit,
-    Selection, Signal, Thresholds, Weighting, increment, log_ratio,
+    Credit, CreditConfig, CreditRule, CreditState, Cut, Diagnostics, Drift, Response,
+    ResponseCredit, Selection, Signal, Thresholds, TokenColumn, Weighting, increment, log_ratio,
 };
 use pivotal_data::Tokenizer;
 use pivotal_kernels::account::{Part, time};
@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::sample::Rollout;
 use super::score::ResponseScore;
+use super::settings::{ScoreSettings, SignalSettings};
 use super::state::{from_state_text, state_text};
 use crate::error::{Error, Result};
 
@@ -114,6 +115,62 @@ impl RolloutCredit {
                 seed,
             },
         })
+    }
+
+    /// Checks before a run is made that the recipe can give what `config` asks for; `with_critic` says whether it has a value model.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] naming what lacks; [`Error::Credit`] for a rule that does not hold up.
+    pub fn check(
+        config: &CreditConfig,
+        score: &ScoreSettings,
+        signal: &SignalSettings,
+        with_critic: bool,
+    ) -> Result<()> {
+        let credit = Self::new(config, 0, "")?;
+        let rule = credit.rule();
+        let lacking = |key, found: String, expected| {
+            Err(Error::Setting {
+                key,
+                found,
+                expected,
+            })
+        };
+        if rule.needs_truth() || matches!(rule.cut, Cut::External) {
+            let expected = "a rule for sampled responses, of which no truth and no cuts are known";
+            return lacking(
+                "credit",
+                "a selection or cut from the data".into(),
+                expected,
+            );
+        }
+        let entropies = [
+            TokenColumn::ReferenceEntropies,
+            TokenColumn::PolicyEntropies,
+        ];
+        let mut needed = rule.needed_columns().into_iter();
+        if let Some((_, by)) = needed.find(|(column, _)| entropies.contains(column)) {
+            let expected = "a rule that reads no entropies: this recipe does not compute them";
+            return lacking("credit", by.to_owned(), expected);
+        }
+        if !rule.needs_signal() {
+            return Ok(());
+        }
+        let found = rule.signal.to_string();
+        match rule.signal {
+            Signal::LogRatio => signal.require_oracle().map(|_| ()),
+            Signal::Level | Signal::Increment if score.reward_model.as_os_str().is_empty() => {
+                lacking(
+                    "credit-signal",
+                    found,
+                    "another signal, or `--reward-model`",
+                )
+            }
+            Signal::Critic if !with_critic => {
+                lacking("credit-signal", found, "a recipe with a value model: `ppo`")
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The rule.

@@ -206,10 +206,10 @@ fn check(config: &PpoConfig) -> Result<()> {
             expected: "left out: `--prompts`, `--samples` and `--minibatches` say how many responses a step has",
         });
     }
-    RolloutCredit::new(&config.credit, config.run.seed, "")?;
     let rule = config.credit.resolve()?;
     let has_reward_model = !config.score.reward_model.as_os_str().is_empty();
     Shaper::new(&config.ppo, &rule, has_reward_model, config.run.seed, None)?;
+    RolloutCredit::check(&config.credit, &config.score, &config.signal, true)?;
     Ok(())
 }
 
