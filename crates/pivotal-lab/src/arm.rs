@@ -7,7 +7,7 @@ use pivotal_credit::{
 use pivotal_loss::Normalisation;
 use pivotal_model::Decoder;
 use pivotal_report::Role;
-use pivotal_train::dpo::{self, DpoItem, DpoObjective};
+use pivotal_train::dpo::{self, DpoItem, DpoObjective, PreferenceLoss};
 use pivotal_train::optimizer::NamedAdamW;
 use pivotal_train::settings::OptimizerSettings;
 
@@ -261,12 +261,14 @@ pub(crate) fn train(
     let items: Vec<DpoItem> = (pairs.tokenized.iter().zip(&pairs.reference_logps))
         .zip(masks)
         .map(|((pair, reference_logps), keep)| DpoItem {
+            mismatched: None,
             pair: pair.clone(),
             keep,
             reference_logps: reference_logps.clone(),
         })
         .collect();
     let objective = DpoObjective {
+        loss: PreferenceLoss::Dpo,
         beta: settings.beta,
         normalisation: Normalisation::Sum,
     };

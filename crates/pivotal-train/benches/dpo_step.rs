@@ -12,7 +12,7 @@ use pivotal_model::{
     Checkpoint, Decoder, DecoderConfig, Family, HostTensor, LoraSpec, RopeScaling, SpecialIds,
 };
 use pivotal_ops::Precision;
-use pivotal_train::dpo::{DpoItem, DpoObjective, gradients};
+use pivotal_train::dpo::{DpoItem, DpoObjective, PreferenceLoss, gradients};
 use pivotal_train::optimizer::NamedAdamW;
 use pivotal_train::settings::OptimizerSettings;
 use rand::RngExt;
@@ -75,6 +75,7 @@ fn items(kept: f64) -> Vec<DpoItem> {
     };
     (0..PAIRS)
         .map(|index| DpoItem {
+            mismatched: None,
             pair: TokenizedPair {
                 id: index as u64,
                 prompt: ids(PROMPT_TOKENS),
@@ -105,6 +106,7 @@ fn step(bencher: Bencher, lora: bool, kept: f64) {
     let settings = OptimizerSettings::default();
     let mut optimizer = NamedAdamW::new(&settings);
     let objective = DpoObjective {
+        loss: PreferenceLoss::Dpo,
         beta: 0.1,
         normalisation: Normalisation::Sum,
     };

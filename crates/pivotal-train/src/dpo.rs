@@ -1,13 +1,13 @@
 //! Direct preference optimization on the kept tokens of each pair.
 //!
 //! A step packs its pairs with the prompt stored once, takes log-probabilities at the kept positions alone, and averages
-//! the loss of [`pivotal_loss::dpo()`] over the pairs of the step, whatever the micro-batches.
+//! the [`PreferenceLoss`] over the pairs of the step, whatever the micro-batches.
 
 use burn::tensor::{Device, Tensor, TensorData};
 use pivotal_core::{Gather, Pack, TokenMask, TokenizedPair};
 use pivotal_data::{micro_batches, pack_pairs};
 use pivotal_kernels::account::{Part, time};
-use pivotal_loss::{Normalisation, PairLogps, ResponseIndex, kept_sums};
+use pivotal_loss::{PairLogps, ResponseIndex, kept_sums, kl_estimates};
 use pivotal_model::Decoder;
 use serde::{Deserialize, Serialize};
 
@@ -17,9 +17,15 @@ use crate::optimizer::{GradientSum, NamedAdamW};
 use crate::score::values;
 use crate::settings::OptimizerSettings;
 
+mod mismatch;
+mod objective;
 mod recipe;
+mod settings;
 
+pub use mismatch::{Mismatched, mismatched};
+pub use objective::{DpoObjective, PreferenceLoss};
 pub use recipe::{DpoConfig, DpoRunFlags, Summary, train};
+pub use settings::{DpoFlags, DpoSettings, LossName};
 
 /// A pair, ready for its step.
 #[derive(Clone, Debug)]
@@ -28,32 +34,40 @@ pub struct DpoItem {
     pub pair: TokenizedPair,
     /// Which response tokens the loss uses, chosen then rejected.
     pub keep: [TokenMask; 2],
-    /// The reference's log-probability of every response token, in nats, chosen then rejected.
+    /// The reference's log-probability of every response token, in nats, chosen then rejected; empty for a loss without
+    /// a reference.
     pub reference_logps: [Vec<f32>; 2],
-}
-
-/// What the loss is made of besides the pairs.
-#[derive(Clone, Copy, Debug)]
-pub struct DpoObjective {
-    /// Strength of the anchor to the reference; above 0.
-    pub beta: f64,
-    /// What a response's kept log-probabilities are made into.
-    pub normalisation: Normalisation,
+    /// For KTO's baseline: this prompt with another row's responses.
+    pub mismatched: Option<Box<DpoItem>>,
 }
 
 /// One step's numbers: means over its pairs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DpoMetrics {
-    /// Loss in nats; ln 2 where policy and reference agree.
+    /// The loss; DPO's is in nats, ln 2 where policy and reference agree.
     pub loss: f64,
     /// Pairs whose chosen implicit reward is above the rejected one; a tie counts half.
     pub accuracy: f64,
-    /// β times the chosen log-ratio over kept tokens, in nats.
+    /// β times the chosen log-ratio over kept tokens, in nats; for SimPO β times their mean log-probability.
     pub chosen_reward: f64,
     /// The same of the rejected responses.
     pub rejected_reward: f64,
-    /// Mean change of a kept chosen token's log-probability since the reference, in nats.
-    pub chosen_kept_shift: f64,
+    /// Mean change of a kept chosen token's log-probability since the reference, in nats; none without a reference.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chosen_kept_shift: Option<f64>,
+    /// Mean k1 of policy against reference at kept tokens of both responses, in nats; none without a reference. The data
+    /// drew the tokens, not the policy: how far it has gone on them, not its KL divergence.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl_k1: Option<f64>,
+    /// The same of k2.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl_k2: Option<f64>,
+    /// The same of k3.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl_k3: Option<f64>,
+    /// KTO's baseline, in nats.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kto_baseline: Option<f64>,
     /// Kept share of the chosen responses' tokens.
     pub chosen_kept_fraction: f64,
     /// Kept share of the rejected responses' tokens.
@@ -77,93 +91,150 @@ pub fn gradients(
     settings: &OptimizerSettings,
     step: u64,
 ) -> Result<(GradientSum, DpoMetrics)> {
-    let mut sum = GradientSum::default();
-    let mut metrics = kept_metrics(items);
+    let loss = objective.loss;
+    let baseline = loss
+        .uses_mismatched()
+        .then(|| mismatch::baseline(policy, items, settings.micro_batch_tokens, step))
+        .transpose()?;
+    let mut sums = StepSums {
+        step,
+        pairs: items.len(),
+        baseline,
+        gradients: GradientSum::default(),
+        metrics: kept_metrics(items),
+        drift: Drift::default(),
+    };
     let tokens: Vec<usize> = items.iter().map(|item| item_tokens(item)).collect();
     for range in micro_batches(&tokens, settings.micro_batch_tokens)? {
-        micro_batch(
-            policy,
-            &items[range],
-            items.len(),
-            objective,
-            settings.activations,
-            step,
-            &mut sum,
-            &mut metrics,
-        )?;
+        sums.micro_batch(policy, &items[range], objective, settings.activations)?;
     }
-    let kept: usize = items.iter().map(|item| item.keep[0].kept()).sum();
-    metrics.chosen_kept_shift /= kept.max(1) as f64;
-    Ok((sum, metrics))
+    let mut metrics = sums.metrics;
+    metrics.kto_baseline = sums.baseline.map(|baseline| f64::from(values(baseline)[0]));
+    if loss.uses_reference() {
+        let drift = sums.drift;
+        let mean = |sum: f64, tokens: usize| Some(sum / tokens.max(1) as f64);
+        metrics.chosen_kept_shift = mean(drift.chosen, drift.chosen_tokens);
+        metrics.kl_k1 = mean(drift.k1, drift.tokens);
+        metrics.kl_k2 = mean(drift.k2, drift.tokens);
+        metrics.kl_k3 = mean(drift.k3, drift.tokens);
+    }
+    Ok((sums.gradients, metrics))
 }
 
-#[expect(
-    clippy::too_many_arguments,
-    reason = "a struct of them would be built and taken apart in one place each"
-)]
-fn micro_batch(
-    policy: &mut Decoder,
-    items: &[&DpoItem],
-    step_pairs: usize,
-    objective: DpoObjective,
-    activations: Activations,
+/// What an optimizer step has added up so far.
+struct StepSums {
     step: u64,
-    sum: &mut GradientSum,
-    metrics: &mut DpoMetrics,
-) -> Result<()> {
-    let pairs = items.len();
-    let pack = time(Part::Pack, || {
-        pack_pairs(items.iter().map(|item| &item.pair))
-    })?;
-    let kept = |response: usize, position: usize| {
-        items[response / 2].keep[response % 2].as_slice()[position]
-    };
-    let gathers = pack.gather(kept);
-    let device = policy.device().clone();
-    let mut pass = None;
-    let (policy_logps, reference_logps) = match gathers.is_empty() {
-        true => (zeros(2 * pairs, &device), zeros(2 * pairs, &device)),
-        false => {
-            let index = response_index(&pack, &gathers)?;
-            let recomputed = activations.recomputed_layers(policy, pack.len());
-            let pass = pass.insert(policy.forward(&pack, recomputed)?);
-            let policy_logps = policy.token_logps(&pass.hidden, &gathers);
-            let reference = reference_logps(items, &gathers, &device);
-            let all = TokenMask::all(gathers.len());
-            metrics.chosen_kept_shift += chosen_shift(&gathers, &policy_logps, &reference);
-            (
-                kept_sums(policy_logps, &index, &all, objective.normalisation)?,
-                kept_sums(reference, &index, &all, objective.normalisation)?,
-            )
-        }
-    };
-    let terms = pivotal_loss::dpo(sides(policy_logps), sides(reference_logps), objective.beta)?;
+    pairs: usize,
+    baseline: Option<Tensor<1>>,
+    gradients: GradientSum,
+    metrics: DpoMetrics,
+    drift: Drift,
+}
 
-    let losses = values(terms.loss.clone());
-    let bad = items
-        .iter()
-        .zip(&losses)
-        .filter(|(_, loss)| !loss.is_finite());
-    let samples: Vec<u64> = bad.map(|(item, _)| item.pair.id).collect();
-    if !samples.is_empty() {
-        return Err(Error::NotFinite {
-            step,
-            metric: "loss",
-            samples,
+impl StepSums {
+    fn micro_batch(
+        &mut self,
+        policy: &mut Decoder,
+        items: &[&DpoItem],
+        objective: DpoObjective,
+        activations: Activations,
+    ) -> Result<()> {
+        let responses = 2 * items.len();
+        let pack = time(Part::Pack, || {
+            pack_pairs(items.iter().map(|item| &item.pair))
+        })?;
+        let kept = |response: usize, position: usize| {
+            items[response / 2].keep[response % 2].as_slice()[position]
+        };
+        let gathers = pack.gather(kept);
+        let device = policy.device().clone();
+        let with_reference = objective.loss.uses_reference();
+        let mut pass = None;
+        let (policy_logps, reference_logps) = match gathers.is_empty() {
+            true => {
+                let reference = with_reference.then(|| zeros(responses, &device));
+                (zeros(responses, &device), reference)
+            }
+            false => {
+                let index = response_index(&pack, &gathers)?;
+                let recomputed = activations.recomputed_layers(policy, pack.len());
+                let pass = pass.insert(policy.forward(&pack, recomputed)?);
+                let policy_logps = policy.token_logps(&pass.hidden, &gathers);
+                let reference = with_reference.then(|| reference_logps(items, &gathers, &device));
+                if let Some(reference) = &reference {
+                    self.drift.add(&gathers, &policy_logps, reference)?;
+                }
+                let all = TokenMask::all(gathers.len());
+                let sums = |logps| kept_sums(logps, &index, &all, objective.normalisation);
+                (sums(policy_logps)?, reference.map(sums).transpose()?)
+            }
+        };
+        let terms = objective.terms(
+            sides(policy_logps),
+            reference_logps.map(sides),
+            self.baseline.clone(),
+        )?;
+
+        let losses = values(terms.loss.clone());
+        let (chosen, rejected) = (values(terms.chosen_reward), values(terms.rejected_reward));
+        // A bounded loss can be finite where a reward is not.
+        let numbers = losses.iter().zip(&chosen).zip(&rejected);
+        let finite = numbers.map(|((loss, chosen), rejected)| {
+            loss.is_finite() && chosen.is_finite() && rejected.is_finite()
         });
+        let bad = items.iter().zip(finite).filter(|(_, finite)| !finite);
+        let samples: Vec<u64> = bad.map(|(item, _)| item.pair.id).collect();
+        if !samples.is_empty() {
+            return Err(Error::NotFinite {
+                step: self.step,
+                metric: "loss",
+                samples,
+            });
+        }
+        let share = 1.0 / self.pairs as f64;
+        let metrics = &mut self.metrics;
+        for ((loss, chosen), rejected) in losses.iter().zip(&chosen).zip(&rejected) {
+            metrics.loss += share * f64::from(*loss);
+            metrics.chosen_reward += share * f64::from(*chosen);
+            metrics.rejected_reward += share * f64::from(*rejected);
+            metrics.accuracy += share * above(*chosen, *rejected);
+        }
+        if let Some(pass) = pass {
+            self.gradients
+                .add_pass(policy, pass, terms.loss.sum() * share);
+        }
+        Ok(())
     }
-    let share = 1.0 / step_pairs as f64;
-    let (chosen, rejected) = (values(terms.chosen_reward), values(terms.rejected_reward));
-    for ((loss, chosen), rejected) in losses.iter().zip(&chosen).zip(&rejected) {
-        metrics.loss += share * f64::from(*loss);
-        metrics.chosen_reward += share * f64::from(*chosen);
-        metrics.rejected_reward += share * f64::from(*rejected);
-        metrics.accuracy += share * above(*chosen, *rejected);
+}
+
+/// How far the kept tokens' log-probabilities are from the reference's: sums in nats, and of how many tokens.
+#[derive(Default)]
+struct Drift {
+    chosen: f64,
+    chosen_tokens: usize,
+    tokens: usize,
+    k1: f64,
+    k2: f64,
+    k3: f64,
+}
+
+impl Drift {
+    fn add(&mut self, gathers: &[Gather], policy: &Tensor<1>, reference: &Tensor<1>) -> Result<()> {
+        let all = TokenMask::all(gathers.len());
+        let estimates = kl_estimates(policy.clone().without_autodiff(), reference.clone(), &all)?;
+        let shift = values(estimates.k1);
+        let sum = |values: &[f32]| values.iter().map(|&value| f64::from(value)).sum::<f64>();
+        self.tokens += gathers.len();
+        self.k1 += sum(&shift);
+        self.k2 += sum(&values(estimates.k2));
+        self.k3 += sum(&values(estimates.k3));
+        let chosen = gathers.iter().zip(&shift);
+        for (_, shift) in chosen.filter(|(gather, _)| gather.response % 2 == 0) {
+            self.chosen += f64::from(*shift);
+            self.chosen_tokens += 1;
+        }
+        Ok(())
     }
-    if let Some(pass) = pass {
-        sum.add_pass(policy, pass, terms.loss.sum() * share);
-    }
-    Ok(())
 }
 
 /// Steps over `items` in the order that `batches` gives, from step `start` (from 0) to `steps`.
@@ -239,16 +310,6 @@ fn above(chosen: f32, rejected: f32) -> f64 {
         std::cmp::Ordering::Equal => 0.5,
         std::cmp::Ordering::Less => 0.0,
     }
-}
-
-/// The change of the kept chosen tokens' log-probabilities, summed.
-fn chosen_shift(gathers: &[Gather], policy: &Tensor<1>, reference: &Tensor<1>) -> f64 {
-    let shift = values(policy.clone().without_autodiff() - reference.clone());
-    let chosen = gathers
-        .iter()
-        .zip(&shift)
-        .filter(|(gather, _)| gather.response % 2 == 0);
-    chosen.map(|(_, shift)| f64::from(*shift)).sum()
 }
 
 fn kept_metrics(items: &[&DpoItem]) -> DpoMetrics {

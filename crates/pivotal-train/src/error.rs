@@ -50,6 +50,17 @@ pub enum Error {
         /// What it may be.
         expected: &'static str,
     },
+    /// A setting that the loss does not use.
+    #[error("`{key}` has no part in loss `{loss}`: leave it out, or choose a loss that uses it")]
+    UnusedSetting {
+        /// The key, or flag.
+        key: &'static str,
+        /// The loss.
+        loss: String,
+    },
+    /// KTO's baseline needs a response behind a prompt that is not its own.
+    #[error("all pairs have the same prompt: loss `kto` needs at least two")]
+    OnePrompt,
     /// The run directory is there already.
     #[error("`{0}` exists: give `--resume {0}` to continue it, `--overwrite` to replace it, or another `--out`", path.display())]
     RunExists {

@@ -11,6 +11,7 @@ mod config_file;
 pub mod dpo;
 mod error;
 pub mod grpo;
+mod event_file;
 pub mod onpolicy;
 pub mod optimizer;
 pub mod ppo;

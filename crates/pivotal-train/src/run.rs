@@ -5,6 +5,7 @@
 //!   config.toml       resolved: `--config run/config.toml` repeats the run
 //!   manifest.json     versions, seed, device, hashes of the inputs
 //!   metrics.jsonl     one line a step
+//!   tensorboard/      the same as TensorBoard events (`run.tensorboard`)
 //!   credit.jsonl      what credit made of every response (dpo)
 //!   checkpoints/      the last two
 //!   adapter/ model/   the result
@@ -24,11 +25,13 @@ use serde::de::DeserializeOwned;
 
 use crate::config_file::{read_config, show_config};
 use crate::error::{Error, Result};
+use crate::event_file::EventFile;
 
 const CONFIG: &str = "config.toml";
 const MANIFEST: &str = "manifest.json";
 const METRICS: &str = "metrics.jsonl";
 const SUMMARY: &str = "summary.json";
+const TENSORBOARD: &str = "tensorboard";
 
 /// What to do with a run directory that is there already.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -47,6 +50,7 @@ pub enum StartMode {
 pub struct Run {
     path: PathBuf,
     metrics: File,
+    events: Option<EventFile>,
 }
 
 impl Run {
@@ -85,7 +89,8 @@ impl Run {
         }
     }
 
-    /// Makes, replaces or opens the directory, and writes its configuration and manifest.
+    /// Makes, replaces or opens the directory, and writes its configuration and manifest. With `run.tensorboard` in the
+    /// configuration, metrics are written as TensorBoard events too.
     ///
     /// # Errors
     /// As [`Run::check`]; [`Error::OtherConfig`] if a resumed run had another recipe, configuration or input; [`Error::File`].
@@ -123,9 +128,13 @@ impl Run {
             .append(true)
             .open(&metrics_path);
         let metrics = metrics.map_err(|source| write_error(&metrics_path, source))?;
+        let events = wants_events(config)
+            .then(|| EventFile::open(&path.join(TENSORBOARD)))
+            .transpose()?;
         Ok(Self {
             path: path.into(),
             metrics,
+            events,
         })
     }
 
@@ -148,7 +157,14 @@ impl Run {
         let mut line = serde_json::to_string(&Line { step, metrics }).expect("metrics are numbers");
         line.push('\n');
         let written = self.metrics.write_all(line.as_bytes());
-        written.map_err(|source| write_error(&self.path.join(METRICS), source))
+        written.map_err(|source| write_error(&self.path.join(METRICS), source))?;
+        match &mut self.events {
+            None => Ok(()),
+            Some(events) => {
+                let metrics = serde_json::to_value(metrics).expect("metrics are numbers");
+                events.log(step, &metrics)
+            }
+        }
     }
 
     /// Forgets the metrics of steps after `step`: a resumed run writes them again.
@@ -166,7 +182,10 @@ impl Run {
         write_atomic(&path, kept.as_bytes())?;
         let metrics = OpenOptions::new().append(true).open(&path);
         self.metrics = metrics.map_err(|source| write_error(&path, source))?;
-        Ok(())
+        match &mut self.events {
+            None => Ok(()),
+            Some(events) => events.rewind(step),
+        }
     }
 
     /// The metrics of the last step that was logged; a resumed run may have no step left to take.
@@ -188,7 +207,8 @@ impl Run {
     pub fn sync(&self) -> Result<()> {
         self.metrics
             .sync_data()
-            .map_err(|source| write_error(&self.path.join(METRICS), source))
+            .map_err(|source| write_error(&self.path.join(METRICS), source))?;
+        self.events.as_ref().map_or(Ok(()), EventFile::sync)
     }
 
     /// Writes `summary.json`: the run is done.
@@ -198,6 +218,7 @@ impl Run {
     pub fn finish(&mut self, summary: &impl Serialize) -> Result<()> {
         let synced = self.metrics.sync_all();
         synced.map_err(|source| write_error(&self.path.join(METRICS), source))?;
+        self.events.as_ref().map_or(Ok(()), EventFile::sync)?;
         let text = serde_json::to_string_pretty(summary).expect("a summary is plain data");
         Ok(write_atomic(
             &self.path.join(SUMMARY),
@@ -337,6 +358,12 @@ fn same_config<C: Serialize + DeserializeOwned>(path: &Path, config: &C) -> Resu
         path: path.into(),
         what,
     })
+}
+
+/// Every recipe has its `[run]` table under this name.
+fn wants_events(config: &impl Serialize) -> bool {
+    let config = serde_json::to_value(config).unwrap_or_default();
+    config["run"]["tensorboard"] == true
 }
 
 pub(crate) fn step_of(line: &str) -> Option<u64> {

@@ -10,6 +10,7 @@ use pivotal_model::LoraSpec;
 use serde::{Deserialize, Serialize};
 
 use crate::activations::Activations;
+pub use crate::dpo::{DpoFlags, DpoSettings, LossName};
 use crate::error::{Error, Result};
 use crate::schedule::Schedule;
 use crate::table::table;
@@ -38,7 +39,6 @@ overlay! {
     DataFlags => DataSettings,
     OptimizerFlags => OptimizerSettings,
     RunFlags => RunSettings,
-    DpoFlags => DpoSettings,
     RewardFlags => RewardSettings,
     AnnotateFlags => AnnotateSettings,
 }
@@ -384,30 +384,8 @@ table! {
         "seed" seed: u64 = 1,
         /// Steps between checkpoints; 0 writes none before the end.
         "checkpoint-every" checkpoint_every: u64 = 50,
-    }
-}
-
-table! {
-    /// Direct preference optimization.
-    pub struct DpoSettings, DpoFlags {
-        /// Strength of the anchor to the reference; above 0.
-        "beta" beta: f64 = 0.1,
-        /// What a response's kept log-probabilities are made into: sum, kept_mean or rescaled_sum.
-        "normalisation" normalisation: KeptNormalisation = KeptNormalisation::Sum,
-        /// Credit records of `annotate`, whose signals the `[credit]` table segments; the data's own columns if empty.
-        "signals" signals: PathBuf = PathBuf::new(),
-        /// Directory of cached reference log-probabilities; the run directory's parent has one if empty.
-        "reference-cache" reference_cache: PathBuf = PathBuf::new(),
-    }
-}
-
-impl DpoSettings {
-    /// Checks every number's domain.
-    ///
-    /// # Errors
-    /// [`Error::Setting`], naming the flag.
-    pub fn check(&self) -> Result<()> {
-        domain("beta", self.beta, "above 0", self.beta > 0.0)
+        /// Writes the metrics as TensorBoard events too: true or false.
+        "tensorboard" tensorboard: bool = false,
     }
 }
 

@@ -8,7 +8,7 @@ use pivotal_core::{TokenMask, TokenizedPair, TokenizedResponse};
 use pivotal_loss::Normalisation;
 use pivotal_model::{Decoder, HeadInit, HostTensor, LoraSpec, RewardModel, load};
 use pivotal_ops::Precision;
-use pivotal_train::dpo::{self, DpoItem, DpoObjective};
+use pivotal_train::dpo::{self, DpoItem, DpoObjective, PreferenceLoss};
 use pivotal_train::optimizer::GradientSum;
 use pivotal_train::settings::{OptimizerSettings, RewardSettings};
 use pivotal_train::{Activations, reward, sft};
@@ -133,6 +133,7 @@ fn of_dpo() {
     let items: Vec<DpoItem> = pairs()
         .into_iter()
         .map(|pair| DpoItem {
+            mismatched: None,
             keep: [&pair.chosen, &pair.rejected].map(|ids| TokenMask::from(masked(ids.len()))),
             reference_logps: [&pair.chosen, &pair.rejected].map(|ids| vec![-4.0; ids.len()]),
             pair,
@@ -140,6 +141,7 @@ fn of_dpo() {
         .collect();
     let items: Vec<&DpoItem> = items.iter().collect();
     let objective = DpoObjective {
+        loss: PreferenceLoss::Dpo,
         beta: 0.1,
         normalisation: Normalisation::Sum,
     };

@@ -8,7 +8,7 @@ use pivotal_loss::Normalisation;
 use pivotal_model::{Decoder, HostTensor, LoraAdapter, RewardModel, load};
 use pivotal_ops::Precision;
 use pivotal_train::Schedule;
-use pivotal_train::dpo::{self, DpoItem, DpoObjective};
+use pivotal_train::dpo::{self, DpoItem, DpoObjective, PreferenceLoss};
 use pivotal_train::optimizer::NamedAdamW;
 use pivotal_train::score::{Group, token_logps};
 use pivotal_train::settings::{Aggregation, OptimizerSettings, RewardSettings};
@@ -128,6 +128,7 @@ fn dpo_items(decoder: &Decoder, golden: &Value, table: &Value) -> Vec<DpoItem> {
             let chosen = reference.pop().unwrap();
             let mask = |side: &str| TokenMask::from(flags(&keep[side]));
             DpoItem {
+                mismatched: None,
                 pair: pair.clone(),
                 keep: [mask("chosen"), mask("rejected")],
                 reference_logps: [chosen, rejected],
@@ -164,6 +165,7 @@ fn dpo_table(name: &str, micro_batch_tokens: usize, device: &Device) {
         }
     };
     let objective = DpoObjective {
+        loss: PreferenceLoss::Dpo,
         beta: golden["beta"].as_f64().unwrap(),
         normalisation: Normalisation::Sum,
     };
@@ -247,6 +249,7 @@ fn the_first_step_of_dpo_has_loss_ln_2() {
         let items = dpo_items(&base, &golden, &golden["tables"][table]);
         let items: Vec<_> = items.iter().collect();
         let objective = DpoObjective {
+            loss: PreferenceLoss::Dpo,
             beta: 0.1,
             normalisation: Normalisation::Sum,
         };

@@ -6,7 +6,7 @@ use pivotal_credit::{CreditConfig, DiagnosticsReport, Signal};
 use pivotal_data::{BatchOptions, Batcher, Cursor, DataSet, Order, ReadOptions, tokenize_pairs};
 use serde::Serialize;
 
-use super::{DpoItem, DpoMetrics, DpoObjective, optimize};
+use super::{DpoFlags, DpoItem, DpoMetrics, DpoSettings, Mismatched, mismatched, optimize};
 use crate::checkpoint;
 use crate::error::{Error, Result};
 use crate::optimizer::NamedAdamW;
@@ -14,8 +14,8 @@ use crate::progress;
 use crate::reference::pair_logps;
 use crate::run::{Run, StartMode, manifest};
 use crate::settings::{
-    CreditFlags, DataFlags, DataSettings, DpoFlags, DpoSettings, LoraFlags, LoraSettings,
-    ModelFlags, ModelSettings, OptimizerFlags, OptimizerSettings, RunFlags, RunSettings,
+    CreditFlags, DataFlags, DataSettings, LoraFlags, LoraSettings, ModelFlags, ModelSettings,
+    OptimizerFlags, OptimizerSettings, RunFlags, RunSettings,
 };
 use crate::signals;
 use crate::table::recipe;
@@ -79,7 +79,7 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
         ],
     )?;
     config.optimizer.check()?;
-    config.dpo.check()?;
+    let objective = config.dpo.objective()?;
     config.credit.resolve()?;
     let data = DataSet::read(&config.data.path, ReadOptions::default())?;
     let mut workspace = Workspace::load(&config.model)?;
@@ -124,12 +124,31 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
     let (report, warnings) = (credit.report.clone(), credit.warnings.clone());
 
     let mut policy = workspace.trainable(&config.lora, seed)?;
-    // What the policy starts as, an adapter that it starts from included: the first step's loss is ln 2.
+    // What the policy starts as, an adapter that it starts from included: DPO's first step has loss ln 2.
     let reference = workspace.decoder.detached();
     let weights = workspace.weights(config.model.precision);
     let budget = config.optimizer.micro_batch_tokens;
     let cache = reference_cache(config);
-    let reference_logps = pair_logps(&reference, &pairs, budget, &cache, &weights.blake3)?;
+    let under_reference = |pairs| pair_logps(&reference, pairs, budget, &cache, &weights.blake3);
+    let reference_logps = match objective.loss.uses_reference() {
+        true => Some(under_reference(&pairs)?),
+        false => None,
+    };
+    let keep = credit.keep.clone();
+    let mismatched: Vec<Option<Box<DpoItem>>> = match objective.loss.uses_mismatched() {
+        true => {
+            let positions = workspace.decoder.config().max_positions;
+            let limit = match config.data.max_tokens {
+                0 => positions,
+                tokens => tokens.min(positions),
+            };
+            let rows = mismatched(&pairs, &keep, limit)?;
+            let of_rows: Vec<_> = rows.iter().map(|row| row.pair.clone()).collect();
+            let logps = under_reference(&of_rows)?;
+            rows.into_iter().zip(logps).map(mismatched_item).collect()
+        }
+        false => pairs.iter().map(|_| None).collect(),
+    };
     drop(reference);
 
     let mut optimizer = NamedAdamW::new(&config.optimizer);
@@ -150,26 +169,24 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
     };
     run.rewind(start)?;
 
-    let keep = credit.keep.clone();
     if !credit.given.is_empty() {
-        let logps = Some(&reference_logps[..]);
+        let logps = reference_logps.as_deref();
         let records = signals::records(&pairs, &known, credit, logps, &workspace.tokenizer)?;
         signals::write_records(&out.join("credit.jsonl"), &records)?;
     }
+    let reference_logps = reference_logps.unwrap_or_else(|| vec![Default::default(); pairs.len()]);
     let items: Vec<DpoItem> = pairs
         .into_iter()
         .zip(keep)
         .zip(reference_logps)
-        .map(|((pair, keep), reference_logps)| DpoItem {
+        .zip(mismatched)
+        .map(|(((pair, keep), reference_logps), mismatched)| DpoItem {
             pair,
             keep,
             reference_logps,
+            mismatched,
         })
         .collect();
-    let objective = DpoObjective {
-        beta: config.dpo.beta,
-        normalisation: config.dpo.normalisation.into(),
-    };
 
     let batching = BatchOptions {
         seed,
@@ -222,6 +239,15 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
     };
     run.finish(&summary)?;
     Ok(summary)
+}
+
+fn mismatched_item((row, reference_logps): (Mismatched, [Vec<f32>; 2])) -> Option<Box<DpoItem>> {
+    Some(Box::new(DpoItem {
+        pair: row.pair,
+        keep: row.keep,
+        reference_logps,
+        mismatched: None,
+    }))
 }
 
 /// Beside the run, so that the next run on the same data finds it.

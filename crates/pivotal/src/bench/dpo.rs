@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use pivotal_core::TokenMask;
 use pivotal_loss::Normalisation;
-use pivotal_train::dpo::{DpoItem, DpoObjective, optimize};
+use pivotal_train::dpo::{DpoItem, DpoObjective, PreferenceLoss, optimize};
 use pivotal_train::optimizer::NamedAdamW;
 use pivotal_train::score::{Group, token_logps};
 
@@ -33,6 +33,7 @@ pub(crate) fn measure(bench: &Bench, count: usize) -> Result<(Steps, Outcome), F
         .iter()
         .enumerate()
         .map(|(index, pair)| DpoItem {
+            mismatched: None,
             pair: pair.clone(),
             keep: [(0, pair.chosen.len()), (1, pair.rejected.len())]
                 .map(|(side, tokens)| TokenMask::from(mask(keep, tokens, index, side))),
@@ -40,6 +41,7 @@ pub(crate) fn measure(bench: &Bench, count: usize) -> Result<(Steps, Outcome), F
         })
         .collect();
     let objective = DpoObjective {
+        loss: PreferenceLoss::Dpo,
         beta: 0.1,
         normalisation: Normalisation::Sum,
     };

@@ -8,7 +8,7 @@ use pivotal_core::{TokenMask, TokenizedPair};
 use pivotal_kernels::account::Part;
 use pivotal_loss::Normalisation;
 use pivotal_model::{Decoder, Parameters};
-use pivotal_train::dpo::{DpoItem, DpoObjective, optimize};
+use pivotal_train::dpo::{DpoItem, DpoObjective, PreferenceLoss, optimize};
 use pivotal_train::optimizer::NamedAdamW;
 use pivotal_train::score::{Group, token_logps};
 use pivotal_train::settings::OptimizerSettings;
@@ -191,6 +191,7 @@ fn slope(before: Probe, probe: Probe) -> Option<f64> {
 fn items(bench: &Bench, count: usize, response: usize) -> Vec<DpoItem> {
     let vocab = bench.subject.base.config().vocab_size;
     let item = |(index, pair): (usize, TokenizedPair)| DpoItem {
+        mismatched: None,
         pair,
         keep: [0, 1].map(|side| TokenMask::from(mask(bench.settings.keep, response, index, side))),
         // As good as any: the reference's pass is what `scoring` measures.
@@ -237,6 +238,7 @@ impl Task for Training {
 
     fn run(&mut self, items: &[DpoItem], step: u64) -> Result<(), Failure> {
         let objective = DpoObjective {
+            loss: PreferenceLoss::Dpo,
             beta: 0.1,
             normalisation: Normalisation::Sum,
         };

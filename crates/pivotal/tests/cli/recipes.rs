@@ -182,3 +182,48 @@ fn keeping_everything_is_plain_dpo_bit_for_bit() {
         "the signal was segmented"
     );
 }
+
+#[test]
+fn every_loss_of_preferences_trains_under_a_mask() {
+    let scratch = Scratch::new();
+    let common = "dpo --model MODEL --data pairs.jsonl --lora-rank 4 --batch 2";
+    scratch.good(&format!("{common} --credit-selection all --out oracle"));
+    scratch.good("annotate --model MODEL --data pairs.jsonl --oracle oracle --records r.jsonl");
+    for (loss, more) in [
+        ("ipo_sum", ""),
+        ("ipo_mean", ""),
+        ("cdpo", "--label-smoothing 0.1"),
+        ("robust", "--label-smoothing 0.1"),
+        ("hinge", ""),
+        ("simpo", "--beta 2 --target-margin 0.5"),
+        ("kto", "--undesirable-weight 0.5"),
+    ] {
+        let out = format!("{loss}/run");
+        std::fs::create_dir(scratch.path(loss)).unwrap();
+        let command = format!("{common} --signals r.jsonl --loss {loss} {more} --out {out}");
+        let summary = json(&scratch.good(&command));
+        let last = &summary["last"];
+        assert!(last["grad_norm"].as_f64().unwrap() > 0.0, "{loss}: {last}");
+        let reference = loss != "simpo";
+        assert_eq!(last["kl_k3"].is_number(), reference, "{loss}: {last}");
+        assert_eq!(
+            last["kto_baseline"].is_number(),
+            loss == "kto",
+            "{loss}: {last}"
+        );
+        assert_eq!(
+            scratch.path(loss).join(".pivotal-cache").exists(),
+            reference
+        );
+        scratch.good(&format!(
+            "dpo --config {out}/config.toml --threads 1 --out {loss}/again"
+        ));
+        let read = |run: &str| scratch.read(&format!("{loss}/{run}/metrics.jsonl"));
+        assert_eq!(read("run"), read("again"), "{loss}");
+    }
+    let error = scratch.bad(
+        &format!("{common} --loss hinge --label-smoothing 0.1 --out x"),
+        "x",
+    );
+    super::says(&error, &["`label-smoothing`", "`hinge`"]);
+}

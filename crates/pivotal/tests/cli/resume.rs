@@ -176,3 +176,51 @@ fn an_existing_run_is_left_alone_unless_asked() {
     );
     assert_eq!(scratch.read("mine/thesis.txt"), "x");
 }
+
+/// Steps of the events, by their place in each record: a length, its checksum, a time, then the step.
+fn event_steps(scratch: &Scratch, run: &str) -> Vec<u8> {
+    let path = scratch
+        .path(run)
+        .join("tensorboard/events.out.tfevents.pivotal");
+    let bytes = std::fs::read(path).unwrap();
+    let (mut rest, mut steps) = (&bytes[..], Vec::new());
+    while let Some((len, _)) = rest.split_first_chunk::<8>() {
+        let len = u64::from_le_bytes(*len) as usize;
+        let event = &rest[12..12 + len];
+        // Field 2 after the time's nine bytes; the version's event has none.
+        steps.extend((event[9] == 2 << 3).then_some(event[10]));
+        rest = &rest[12 + len + 4..];
+    }
+    steps
+}
+
+#[test]
+fn a_resumed_run_writes_no_event_twice() {
+    let scratch = Scratch::new();
+    for recipe in ["dpo --credit-selection all --loss kto", "sft", "reward"] {
+        let name = recipe.split_whitespace().next().unwrap();
+        let run = format!(
+            "{recipe} --model MODEL --data pairs.jsonl --batch 1 --epochs 3 --checkpoint-every 3 \
+             --lora-rank 4 --tensorboard true"
+        );
+        scratch.good(&format!("{run} --out {name}"));
+        let whole = scratch.read(&format!("{name}/metrics.jsonl"));
+        let steps = event_steps(&scratch, name);
+        assert_eq!(steps.len(), whole.lines().count(), "{name}");
+        assert!(
+            steps.windows(2).all(|two| two[1] == two[0] + 1),
+            "{name}: {steps:?}"
+        );
+        let last = std::fs::read_dir(scratch.path(name).join("checkpoints")).unwrap();
+        let last = last.map(|entry| entry.unwrap().path()).max().unwrap();
+        std::fs::remove_dir_all(last).unwrap();
+        std::fs::remove_file(scratch.path(name).join("summary.json")).unwrap();
+        scratch.good(&format!("{name} --resume {name}"));
+        assert_eq!(
+            scratch.read(&format!("{name}/metrics.jsonl")),
+            whole,
+            "{name}"
+        );
+        assert_eq!(event_steps(&scratch, name), steps, "{name}");
+    }
+}
