@@ -273,7 +273,7 @@ mod tests {
         let version = record(&version_event(1_700_000_000.25));
         assert_eq!(hex(&version), VERSION_BYTES);
         let metrics = serde_json::json!({
-            "loss": 0.693_147_180_559_945_3,
+            "loss": std::f64::consts::LN_2,
             "kl": { "k1": -0.125 },
             "name": "text",
             "none": null,

@@ -251,9 +251,9 @@ fn divergence_from_the_reference_is_that_of_the_kept_tokens() {
     let ours = logps(&policy(), &pairs());
     let mut deltas = Vec::new();
     for (ours, item) in ours.iter().zip(&items) {
-        for side in 0..2 {
-            for at in (0..ours[side].len()).filter(|&at| item.keep[side].as_slice()[at]) {
-                deltas.push(f64::from(ours[side][at] - item.reference_logps[side][at]));
+        for ((ours, reference), keep) in ours.iter().zip(&item.reference_logps).zip(&item.keep) {
+            for at in (0..ours.len()).filter(|&at| keep.as_slice()[at]) {
+                deltas.push(f64::from(ours[at] - reference[at]));
             }
         }
     }
@@ -379,9 +379,11 @@ fn mismatched_rows_have_another_prompt_and_fit() {
     ));
 }
 
+type Change = fn(&mut DpoSettings);
+
 #[test]
 fn a_key_that_the_loss_does_not_use_is_refused() {
-    let uses: [(&str, fn(&mut DpoSettings), &[LossName]); 5] = [
+    let uses: [(&str, Change, &[LossName]); 5] = [
         (
             "normalisation",
             |settings| settings.normalisation = KeptNormalisation::KeptMean,
