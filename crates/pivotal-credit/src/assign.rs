@@ -82,7 +82,7 @@ impl Credit {
     /// Credit that continues from a checkpoint's state.
     ///
     /// # Errors
-    /// [`Error::State`] if the state belongs to another baseline.
+    /// [`crate::Error::State`] if the state belongs to another baseline.
     pub fn resume(rule: CreditRule, seed: u64, state: CreditState) -> Result<Self> {
         let baseline = state.baseline.expect(rule.baseline)?;
         Ok(Self {
@@ -108,8 +108,8 @@ impl Credit {
     /// token has no segment and an empty mask.
     ///
     /// # Errors
-    /// [`Error::NotFinite`], [`Error::Length`], [`Error::Missing`] or [`Error::Offset`], naming the response; then nothing
-    /// was learnt from the batch.
+    /// [`crate::Error::NotFinite`], [`crate::Error::Length`], [`crate::Error::Missing`] or [`crate::Error::Offset`], naming the
+    /// response; then nothing was learnt from the batch.
     pub fn assign(&mut self, batch: &[Response<'_>]) -> Result<Vec<ResponseCredit>> {
         batch.iter().try_for_each(|response| self.check(response))?;
         let owns: Vec<Own> = batch.iter().map(|response| self.own(response)).collect();
