@@ -56,7 +56,26 @@ fn fast_schmitt(bencher: Bencher, tokens: usize, between: Between) {
 
 #[divan::bench(args = TOKENS)]
 fn jump_mask_mean(bencher: Bencher, tokens: usize) {
-    let (signal, mut keep) = (signal(tokens), vec![false; tokens]);
+    fast_jump(bencher, signal(tokens));
+}
+
+/// A pivot at every second token at random: the most that the processor's branch prediction can be asked.
+#[divan::bench(args = TOKENS)]
+fn jump_mask_mean_dense(bencher: Bencher, tokens: usize) {
+    let mut random = random_stream(1, "dense");
+    let mut level = 0.7;
+    let mut next = || {
+        if random.next_u32() & 1 == 0 {
+            level = -level;
+        }
+        level
+    };
+    fast_jump(bencher, (0..tokens).map(|_| next()).collect());
+}
+
+fn fast_jump(bencher: Bencher, signal: Vec<f32>) {
+    let tokens = signal.len();
+    let mut keep = vec![false; tokens];
     bencher.counter(ItemsCount::new(tokens)).bench_local(|| {
         let signal = black_box(&signal);
         jump_mask(

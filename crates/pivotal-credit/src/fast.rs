@@ -1,10 +1,15 @@
 //! Straight from the signal to the `agree` mask, with nothing allocated: for a baseline that is one number, the segment score
 //! where it matters and no `min_len`. The result is [`Credit`](crate::Credit)'s, bit for bit.
 
+use std::ops::Range;
+
 use pivotal_core::Sign;
 
+use self::dense::{DENSE, Decision, WINDOW, WORD, Word, bits, kept_of_word, write_bits};
 use crate::score::sum_of_first;
 use crate::{Between, Neutral, SchmittTrigger, Score, agree};
+
+mod dense;
 
 /// The `agree` mask of Schmitt-trigger segments; `trigger` is fresh.
 ///
@@ -99,45 +104,106 @@ pub fn jump_mask(
     keep: &mut [bool],
 ) {
     assert_eq!(signal.len(), keep.len(), "one flag a token");
-    // As `agree` of `Sign::of`, looked up: the sign of a segment is a coin toss to the processor's branch prediction.
-    let kept = [
-        Sign::Neutral,
-        Sign::Negative,
-        Sign::Positive,
-        Sign::Positive,
-    ]
-    .map(|sign| agree(sign, sequence_sign, neutral));
-    let (above, below) = (baseline + offset, baseline - offset);
-    let decide = |score: f32| kept[2 * usize::from(score > above) + usize::from(score < below)];
-    let mut start = 0;
-    // Ascending, so that what is written beyond a segment's end is overwritten by those after it.
-    let mut close = |end: usize| {
-        let len = end - start;
-        match (score, signal[start..].first_chunk::<8>()) {
-            (Score::Mean | Score::Sum | Score::Last, Some(window)) if (1..=8).contains(&len) => {
-                let value = match score {
-                    Score::Mean => (sum_of_first(len, window) / len as f64) as f32,
-                    Score::Sum => sum_of_first(len, window) as f32,
-                    _ => window[len - 1],
-                };
-                keep[start..start + 8].copy_from_slice(&[decide(value); 8]);
-            }
-            _ => keep[start..end].fill(decide(score.of(&signal[start..end]))),
-        }
-        start = end;
+    let kept = [Sign::Positive, Sign::Negative, Sign::Neutral]
+        .map(|sign| agree(sign, sequence_sign, neutral));
+    let decision = Decision {
+        above: baseline + offset,
+        below: baseline - offset,
+        kept,
     };
+    // The segment that has no end yet; none where the word before knew its end already, and its last flags are in `spill`.
+    let (mut open, mut spill) = (Some(0), 0);
+    let mut starts = jumps(signal, 0, threshold);
     for first in (0..signal.len()).step_by(WORD) {
-        let mut jumps = jumps(signal, first, threshold);
-        while jumps != 0 {
-            close(first + jumps.trailing_zeros() as usize);
-            jumps &= jumps - 1;
+        let next = jumps(signal, first + WORD, threshold);
+        let dense = starts.count_ones() >= DENSE && matches!(score, Score::Mean | Score::Sum);
+        match dense {
+            true => {
+                let rest = &signal[first..];
+                // The signal's last word is filled up: no segment ends beyond the signal.
+                let mut padded = [0.0; WINDOW];
+                let window = rest.first_chunk().unwrap_or_else(|| {
+                    padded[..rest.len()].copy_from_slice(rest);
+                    &padded
+                });
+                let before = starts.trailing_zeros();
+                let end = first + before as usize;
+                let kept_before =
+                    open.is_some_and(|start| close(signal, start..end, score, decision, keep));
+                let word = Word {
+                    signal: window,
+                    starts,
+                    next,
+                };
+                let kept = kept_of_word(word, score, decision);
+                let all_before = if kept_before { (1 << before) - 1 } else { 0 };
+                let tokens = kept.tokens as u64 | spill | all_before;
+                match keep[first..].first_chunk_mut() {
+                    Some(flags) => write_bits(tokens, flags),
+                    None => {
+                        let mut flags = [false; WORD];
+                        write_bits(tokens, &mut flags);
+                        keep[first..].copy_from_slice(&flags[..rest.len()]);
+                    }
+                }
+                spill = (kept.tokens >> WORD) as u64;
+                let last = first + WORD - 1 - starts.leading_zeros() as usize;
+                open = kept.open.then_some(last);
+            }
+            false => {
+                while starts != 0 {
+                    let end = first + starts.trailing_zeros() as usize;
+                    match open {
+                        Some(start) => {
+                            close(signal, start..end, score, decision, keep);
+                        }
+                        None => {
+                            for (bit, flag) in keep[first..end].iter_mut().enumerate() {
+                                *flag = spill >> bit & 1 != 0;
+                            }
+                        }
+                    }
+                    (open, spill) = (Some(end), 0);
+                    starts &= starts - 1;
+                }
+            }
         }
+        starts = next;
     }
-    close(signal.len());
+    if let Some(start) = open {
+        close(signal, start..signal.len(), score, decision, keep);
+    }
 }
 
-/// Tokens whose cuts make one machine word.
-const WORD: usize = 64;
+/// Decides on one segment and sets its flags; those of up to seven tokens after it may be set too, so segments are closed in
+/// ascending order.
+#[inline]
+fn close(
+    signal: &[f32],
+    segment: Range<usize>,
+    score: Score,
+    decision: Decision,
+    keep: &mut [bool],
+) -> bool {
+    let (start, len) = (segment.start, segment.len());
+    match (score, signal[start..].first_chunk::<8>()) {
+        (Score::Mean | Score::Sum | Score::Last, Some(window)) if (1..=8).contains(&len) => {
+            let value = match score {
+                Score::Mean => (sum_of_first(len, window) / len as f64) as f32,
+                Score::Sum => sum_of_first(len, window) as f32,
+                _ => window[len - 1],
+            };
+            let kept = decision.of(value);
+            keep[start..start + 8].copy_from_slice(&[kept; 8]);
+            kept
+        }
+        _ => {
+            let kept = decision.of(score.of(&signal[segment.clone()]));
+            keep[segment].fill(kept);
+            kept
+        }
+    }
+}
 
 /// A bit for each of the tokens from `first` on that begins a segment: found without branches, which where cuts are many
 /// would be mispredicted at every one.
@@ -150,6 +216,9 @@ fn jumps(signal: &[f32], first: usize, threshold: f32) -> u64 {
         }
     };
     // Nothing comes before the first token, so it is compared with itself and begins no segment but the first.
+    if first >= signal.len() {
+        return 0;
+    }
     let last = (first + WORD).min(signal.len());
     let from = first.max(1);
     flag(
@@ -157,11 +226,5 @@ fn jumps(signal: &[f32], first: usize, threshold: f32) -> u64 {
         &signal[from - 1..last.max(from) - 1],
         &signal[from..last.max(from)],
     );
-    let (bytes, _) = flags.as_chunks::<8>();
-    bytes.iter().enumerate().fold(0, |word, (index, byte)| {
-        let byte = u64::from_le_bytes(byte.map(u8::from));
-        // Brings the lowest bit of byte i to bit 56 + i.
-        let bits = byte.wrapping_mul(0x0102_0408_1020_4080) >> 56;
-        word | bits << (8 * index)
-    })
+    bits(&flags)
 }

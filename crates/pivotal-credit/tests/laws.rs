@@ -1,17 +1,18 @@
 //! The laws of the cut rules (METHOD, section 4), over signals that hit thresholds exactly and tie often.
 
-use pivotal_core::Sign;
+use pivotal_core::{Sign, random_stream};
 use pivotal_credit::{
     Between, Credit, CreditConfig, CutRule, Cutter, EntropyCutter, FixedCutter, ImprobableCutter,
     JumpCutter, Neutral, OffsetCutter, PunctuationCutter, Response, SchmittTrigger, Score, Segment,
     TokenColumns, jump_mask, mark_cuts, merge_short, schmitt_mask, segments_from_cuts,
 };
 use proptest::prelude::*;
+use rand::Rng;
 
-/// Quarters in −2..2: every sum and product below is exact in f32.
 /// Tokens of the longest signal: the fast masks read words of 64.
 const LONGEST: usize = 200;
 
+/// Quarters in −2..2: every sum and product below is exact in f32.
 fn signal() -> impl Strategy<Value = Vec<f32>> {
     prop::collection::vec(
         (-8..=8_i8).prop_map(|quarters| f32::from(quarters) / 4.0),
@@ -240,6 +241,58 @@ fn the_fast_paths_hold_over_long_responses() {
                 schmitt_mask(&signal, trigger, sign, Neutral::Drop, &mut keep);
                 assert_eq!(keep, expected, "{tokens} tokens, offset {offset}, {sign:?}");
             }
+        }
+    }
+}
+
+/// Many short segments, few long ones, and words of both kinds side by side.
+#[test]
+fn the_fast_jump_mask_holds_over_long_responses() {
+    let mut random = random_stream(7, "jumps");
+    for (round, tokens) in [63, 64, 66, 67, 68, 128, 131, 132, 1_000, 10_001]
+        .into_iter()
+        .cycle()
+        .take(300)
+        .enumerate()
+    {
+        let mut rate = 2;
+        let mut level = 0.7_f32;
+        let signal: Vec<f32> = (0..tokens)
+            .map(|token| {
+                if token % 50 == 0 {
+                    rate = [1, 2, 3, 5, 40][random.next_u32() as usize % 5];
+                }
+                if random.next_u32() % rate == 0 {
+                    level = -level;
+                }
+                level + (random.next_u32() >> 8) as f32 / (1 << 24) as f32 * 0.4
+            })
+            .collect();
+        let score = Score::ALL[round % Score::ALL.len()];
+        let neutral = Neutral::ALL[round / 4 % Neutral::ALL.len()];
+        for sign in [Sign::Negative, Sign::Neutral, Sign::Positive] {
+            let config = CreditConfig {
+                baseline_value: Some(0.1),
+                offset: Some(0.3),
+                cut: CutRule::Jump,
+                jump: Some(1.0),
+                score,
+                neutral,
+                ..CreditConfig::default()
+            };
+            let mut credit = Credit::new(config.resolve().unwrap(), 1);
+            let expected = credit
+                .assign(&[Response::new(1, 0, &signal, sign)])
+                .unwrap()
+                .remove(0)
+                .keep;
+            let mut keep = vec![true; tokens];
+            jump_mask(&signal, 1.0, (0.1, 0.3), score, sign, neutral, &mut keep);
+            assert_eq!(
+                &keep[..],
+                expected.as_slice(),
+                "{tokens} tokens, {score:?}, {sign:?}"
+            );
         }
     }
 }
