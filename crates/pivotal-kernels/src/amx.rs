@@ -20,10 +20,6 @@ use crate::panels::{COLUMNS, TILE_ROWS};
 pub(crate) const BLOCK_ROWS: usize = 2 * TILE_ROWS;
 /// Bytes of a left tile.
 const LEFT_TILE: usize = 1024;
-/// Bytes from a pair of a right panel to the next.
-const RIGHT_ROW: usize = 4 * COLUMNS;
-/// Bytes from a tile of a right panel to the next.
-const RIGHT_TILE: usize = 16 * RIGHT_ROW;
 
 /// Whether the processor has AMX with BF16 and the system lets this process use it. Asks the system, once is enough.
 pub(crate) fn offered() -> bool {
@@ -140,8 +136,9 @@ pub(crate) struct Piece {
     pub(crate) left: *const u32,
     /// Those of the next 16 rows; any valid ones where there are none.
     pub(crate) below: *const u32,
-    /// A right panel's pairs.
+    /// The right operand's first pair, and bytes from a pair to the next.
     pub(crate) right: *const u32,
+    pub(crate) right_row: usize,
     pub(crate) tiles: usize,
 }
 
@@ -150,6 +147,7 @@ impl Piece {
         left: std::ptr::null(),
         below: std::ptr::null(),
         right: std::ptr::null(),
+        right_row: 0,
         tiles: 0,
     };
 }
@@ -182,7 +180,7 @@ macro_rules! block_kernel {
     (@asm $pieces:ident, $out:ident, $stride:ident, $add:ident,
      [$($zero:literal)*], [$($load:literal)*], [$($step:literal)*], [$($store:literal)*]) => {
         asm!(
-            "test {add}, {add}",
+            "test {tiles}, {tiles}",
             "jnz 2f",
             $($zero,)*
             "jmp 3f",
@@ -195,7 +193,10 @@ macro_rules! block_kernel {
             "mov {left}, [{piece}]",
             "mov {below}, [{piece} + 8]",
             "mov {right}, [{piece} + 16]",
-            "mov {tiles}, [{piece} + 24]",
+            "mov {right_row}, [{piece} + 24]",
+            "mov {tiles}, [{piece} + 32]",
+            "mov {right_tile}, {right_row}",
+            "shl {right_tile}, 4",
             "test {tiles}, {tiles}",
             "jz 7f",
             "5:",
@@ -206,26 +207,25 @@ macro_rules! block_kernel {
             "dec {tiles}",
             "jnz 5b",
             "7:",
-            "add {piece}, 32",
+            "add {piece}, 40",
             "dec {count}",
             "jnz 4b",
             "6:",
             $($store,)*
-            "/* {below_out} {left_row} {right_row} {stride} */",
-            add = in(reg) usize::from($add),
+            "/* {below_out} {left_row} {stride} */",
             piece = inout(reg) $pieces.as_ptr() => _,
             count = inout(reg) $pieces.len() => _,
             left = out(reg) _,
             below = out(reg) _,
             right = out(reg) _,
-            tiles = out(reg) _,
+            tiles = inout(reg) usize::from($add) => _,
             out = in(reg) $out,
             below_out = in(reg) $out.wrapping_add(TILE_ROWS * $stride),
             stride = in(reg) 4 * $stride,
             left_row = in(reg) 64usize,
-            right_row = in(reg) RIGHT_ROW,
+            right_row = out(reg) _,
+            right_tile = out(reg) _,
             left_tile = const LEFT_TILE,
-            right_tile = const RIGHT_TILE,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
@@ -332,8 +332,8 @@ struct Edge {
 /// The sum of all pieces' products, into `block`.
 ///
 /// # Safety
-/// Each piece has that many tiles on the left (below too, if the block has more than 16 rows) and 16 times as many pairs of 48
-/// words on the right; the block's rows of `columns` floats are the caller's.
+/// Each piece has that many tiles on the left (below too, if the block has more than 16 rows) and 16 times as many pairs on the
+/// right, of as many words as the block has columns, in whole tiles; the block's rows of `columns` floats are the caller's.
 pub(crate) unsafe fn multiply(_: &Tiles, pieces: &[Piece], block: Block) {
     let Block {
         out,

@@ -24,6 +24,8 @@ const TASK_WORDS: usize = 28 << 10;
 const TASK_PANELS: usize = 8;
 /// Pairs summed in registers before the sums go to memory, a multiple of 16: a right panel of that depth is 192 KiB.
 const RUN_PAIRS: usize = 1024;
+/// The same with AMX, which wants the right panel in the first-level cache: 36 KiB.
+const RUN_PAIRS_AMX: usize = 192;
 /// Segments summed in registers at most.
 const RUN_PIECES: usize = 6;
 
@@ -165,12 +167,21 @@ unsafe fn multiply_panel(
     tiles: Option<&amx::Tiles>,
 ) {
     let mut run = [(0, 0, 0); RUN_PIECES];
+    let most = match tiles {
+        // Runs of like depth.
+        Some(_) => {
+            let pairs: usize = segments.iter().map(Segment::left_pairs).sum();
+            let runs = pairs.div_ceil(RUN_PAIRS_AMX).max(1);
+            pairs.div_ceil(runs).next_multiple_of(16)
+        }
+        None => RUN_PAIRS,
+    };
     let (mut pieces, mut depth, mut at) = (0, 0, (0, 0));
     loop {
         // Cut the segments into runs that one tile sums in registers.
         let (segment, first) = at;
         let exhausted = segment == segments.len();
-        if exhausted || depth == RUN_PAIRS || pieces == RUN_PIECES {
+        if exhausted || depth >= most || pieces == RUN_PIECES {
             if depth > 0 || !tile.add {
                 let run = &run[..pieces];
                 // SAFETY: passed on to the caller.
@@ -189,7 +200,7 @@ unsafe fn multiply_panel(
                 return;
             }
         }
-        let take = (segments[segment].pairs - first).min(RUN_PAIRS - depth);
+        let take = (segments[segment].pairs - first).min(most - depth);
         if take > 0 {
             run[pieces] = (segment, first, take);
             pieces += 1;
@@ -297,6 +308,7 @@ unsafe fn multiply_run_amx(
                     left,
                     below,
                     right,
+                    right_row: 4 * COLUMNS,
                     tiles: pairs.div_ceil(16),
                 }
             };

@@ -17,6 +17,8 @@ pub mod account;
 mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
+mod attention_amx;
+#[cfg(target_arch = "x86_64")]
 mod attention_avx512;
 #[cfg(target_arch = "x86_64")]
 mod attention_avx512_backward;

@@ -10,7 +10,7 @@ thread_local! {
     static FORCED: Cell<Option<Processor>> = const { Cell::new(None) };
 }
 
-/// The most that this thread is inside [`on`] for; else what the environment's `PIVOTAL_TEST_PROCESSOR` (`portable`, `avx512`)
+/// The most that this thread is inside [`on`] for; else what the environment's `PIVOTAL_TEST_PROCESSOR` (`portable`, `avx512`, `amx`)
 /// says for all tests.
 pub(crate) fn forced_processor() -> Option<Processor> {
     static ALL: LazyLock<Option<Processor>> =
@@ -18,6 +18,7 @@ pub(crate) fn forced_processor() -> Option<Processor> {
             || match std::env::var("PIVOTAL_TEST_PROCESSOR").ok()?.as_str() {
                 "portable" => Some(Processor::Portable),
                 "avx512" => Some(Processor::Avx512),
+                "amx" => Some(Processor::Amx),
                 other => panic!("PIVOTAL_TEST_PROCESSOR is `{other}`"),
             },
         );
@@ -51,11 +52,6 @@ pub(crate) fn on_each_vector(mut body: impl FnMut()) {
             body();
         }
     });
-}
-
-/// Runs `body` as on a processor without AVX-512 BF16.
-pub(crate) fn portable<T>(body: impl FnOnce() -> T) -> T {
-    on(Processor::Portable, body)
 }
 
 /// `len` floats in -1..1 from a small linear congruential generator.
