@@ -15,6 +15,8 @@ use std::arch::x86_64::{
     _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps, _mm512_sub_ps,
 };
 
+use crate::amx::Tiles;
+use crate::attention_amx;
 use crate::parallel::{SharedOut, for_each_block};
 use crate::plan::{AttentionPlan, AttentionShape};
 
@@ -173,16 +175,17 @@ pub(crate) struct Right<'a> {
 }
 
 /// The sizes of a product; `columns` is in whole vectors.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Size {
     pub(crate) rows: usize,
     pub(crate) columns: usize,
     pub(crate) steps: usize,
 }
 
-/// `out (+)= left · right`; rows of `out` are `stride` apart. An element's sum runs over the steps in ascending order.
+/// `out (+)= left · right`, with tiles where there are some; rows of `out` are `stride` apart. Without them an element's sum runs over the steps in ascending order.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 pub(crate) fn product<const BF16: bool>(
+    tiles: Option<&Tiles>,
     left: Left<'_>,
     right: Right<'_>,
     size: Size,
@@ -201,6 +204,9 @@ pub(crate) fn product<const BF16: bool>(
     if steps > 0 {
         assert!(left.words.len() > (rows - 1) * left.row + (steps - 1) * left.step);
         assert!(right.words.len() >= (steps - 1) * right.step + columns);
+    }
+    if let Some(tiles) = tiles.filter(|_| BF16 && attention_amx::takes(size)) {
+        return attention_amx::product(tiles, left, right, size, (out, stride), add);
     }
     let mut column = 0;
     while column < columns {

@@ -10,6 +10,7 @@ use std::arch::x86_64::{
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
+use crate::amx::Tiles;
 use crate::attention::AttentionInput;
 use crate::attention_avx512::{
     Left, Operand, Right, Size, TILE, VECTOR, cut, elements, exp2, interleave, load, pack_pairs,
@@ -126,16 +127,18 @@ impl Backward<'_> {
             let shared = SharedOut::new(parts);
             let heads = shape.kv_heads;
             for_each_block(runs.len() * heads, 1, 5 * self.plan.work, |tasks| {
+                // SAFETY: the plan found AMX.
+                let tiles = (BF16 && self.plan.tiles).then(|| unsafe { Tiles::configure() });
                 for task in tasks {
                     let (run, head) = (&runs[task / heads], task % heads);
                     let len = floats(run.family);
                     if let Some(slot) = run.slot {
                         // SAFETY: this task alone has this part of the slot.
                         let sums = unsafe { shared.slice(slot + head * len, len) };
-                        self.blocks::<BF16>(run, head, sums);
+                        self.blocks::<BF16>(run, head, sums, tiles.as_ref());
                     } else {
                         with_scratch(len, |sums| {
-                            self.blocks::<BF16>(run, head, sums);
+                            self.blocks::<BF16>(run, head, sums, tiles.as_ref());
                             self.write(run.family, head, sums);
                         });
                     }
@@ -164,14 +167,20 @@ impl Backward<'_> {
     }
 
     /// The key and value gradients of a run of blocks: `sums` is overwritten by `dk` and `dv`, each `[extent, padded]`.
-    fn blocks<const BF16: bool>(&self, run: &Run<'_>, head: usize, sums: &mut [f32]) {
+    fn blocks<const BF16: bool>(
+        &self,
+        run: &Run<'_>,
+        head: usize,
+        sums: &mut [f32],
+        tiles: Option<&Tiles>,
+    ) {
         let shape = self.plan.shape();
         sums.fill(0.0);
         let (dk, dv) = sums.split_at_mut(run.family.extent().len() * padded(shape));
         for &block in &run.family.lane_blocks[run.blocks.clone()] {
             let lanes = Lanes { shape, block, head };
             // SAFETY: the features were found when the plan was made.
-            unsafe { self.block::<BF16>(lanes, run.family.extent().start, dk, dv) };
+            unsafe { self.block::<BF16>(lanes, run.family.extent().start, dk, dv, tiles) };
         }
     }
 
@@ -201,6 +210,7 @@ impl Backward<'_> {
         first_token: usize,
         dk: &mut [f32],
         dv: &mut [f32],
+        tiles: Option<&Tiles>,
     ) {
         let (dim, padded) = (lanes.shape.head_dim, padded(lanes.shape));
         let (columns, words) = (lanes.columns(), BLOCK_LANES / elements(BF16));
@@ -243,6 +253,7 @@ impl Backward<'_> {
                     let keys = self.keys.rows(lanes.head, tile.token);
                     let values = self.values.rows(lanes.head, tile.token);
                     product::<BF16>(
+                        tiles,
                         keys,
                         right(one.queries),
                         size,
@@ -250,6 +261,7 @@ impl Backward<'_> {
                         false,
                     );
                     product::<BF16>(
+                        tiles,
                         values,
                         right(one.dout),
                         size,
@@ -276,6 +288,7 @@ impl Backward<'_> {
                     let at = (tile.token - first_token) * padded;
                     let (dv, dk) = (&mut dv[at..], &mut dk[at..]);
                     product::<BF16>(
+                        tiles,
                         left(one.weights_left),
                         right(one.dout_rows),
                         size,
@@ -283,6 +296,7 @@ impl Backward<'_> {
                         true,
                     );
                     product::<BF16>(
+                        tiles,
                         left(one.slopes_left),
                         right(one.query_rows),
                         size,
@@ -306,7 +320,7 @@ impl Backward<'_> {
                         steps,
                     };
                     let keys = self.key_columns.columns(lanes.head, first);
-                    product::<BF16>(keys, slopes, size, (one.dq, BLOCK_LANES), index > 0);
+                    product::<BF16>(tiles, keys, slopes, size, (one.dq, BLOCK_LANES), index > 0);
                 }
                 let scale = _mm512_set1_ps(lanes.shape.scale());
                 for dq in one.dq.chunks_exact_mut(VECTOR) {

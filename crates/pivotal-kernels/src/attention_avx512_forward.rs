@@ -9,6 +9,7 @@ use std::arch::x86_64::{
 };
 use std::f32::consts::LOG2_E;
 
+use crate::amx::Tiles;
 use crate::attention::AttentionInput;
 use crate::attention_avx512::{
     Operand, Right, Size, TILE, VECTOR, cut, elements, exp2, interleave, load, pack_pairs,
@@ -86,16 +87,18 @@ impl Forward<'_> {
             .flat_map(|family| family.lane_blocks.iter().copied())
             .collect();
         for_each_block(blocks.len() * shape.kv_heads, 1, self.plan.work, |tasks| {
+            // SAFETY: the plan found AMX.
+            let tiles = (BF16 && self.plan.tiles).then(|| unsafe { Tiles::configure() });
             for task in tasks {
                 let (block, head) = (blocks[task / shape.kv_heads], task % shape.kv_heads);
                 // SAFETY: the features were found when the plan was made.
-                unsafe { self.block::<BF16>(Lanes { shape, block, head }) };
+                unsafe { self.block::<BF16>(Lanes { shape, block, head }, tiles.as_ref()) };
             }
         });
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    fn block<const BF16: bool>(&self, lanes: Lanes) {
+    fn block<const BF16: bool>(&self, lanes: Lanes, tiles: Option<&Tiles>) {
         let (dim, padded) = (lanes.shape.head_dim, padded(lanes.shape));
         let steps = dim.div_ceil(elements(BF16));
         with_scratch(BLOCK_LANES * (3 * padded + 2 * TILE), |mut scratch| {
@@ -120,7 +123,7 @@ impl Forward<'_> {
                     step: BLOCK_LANES,
                 };
                 let keys = self.keys.rows(lanes.head, tile.token);
-                product::<BF16>(keys, queries, size, (scores, BLOCK_LANES), false);
+                product::<BF16>(tiles, keys, queries, size, (scores, BLOCK_LANES), false);
                 let vectors = lanes.columns() / VECTOR;
                 for vector in 0..vectors {
                     running.tile::<BF16>(
@@ -143,7 +146,7 @@ impl Forward<'_> {
                     columns: lanes.columns(),
                     steps,
                 };
-                product::<BF16>(values, weights, size, (sums, BLOCK_LANES), later);
+                product::<BF16>(tiles, values, weights, size, (sums, BLOCK_LANES), later);
                 later = true;
             }
             self.finish(lanes, &running, sums);

@@ -212,13 +212,14 @@ mod tests {
     use crate::attention::attention_forward;
     use crate::matmul::Precision;
     use crate::plan::{AttentionShape, Span};
-    use crate::testing::{assert_close, on_threads, portable, random, widen};
+    use crate::processor::Processor;
+    use crate::testing::{assert_close, on, on_threads, random, widen};
 
     /// How to compute, and how far value, log-sum-exp and gradient may be off (of the largest element, at least 1).
     struct Path {
         name: &'static str,
         precision: Precision,
-        portable: bool,
+        most: Processor,
         value: f64,
         lse: f64,
         gradient: f64,
@@ -226,32 +227,32 @@ mod tests {
 
     // f32: softmax over up to 200 keys. bf16: an operand is off by up to 2^-9 of itself, so a score of 10 by 0.02 and its
     // weight by 2 %; gradients are sums of such terms.
-    const PATHS: [Path; 3] = [
-        Path {
-            name: "f32",
-            precision: Precision::F32,
-            portable: false,
-            value: 2e-6,
-            lse: 1e-5,
-            gradient: 1e-5,
-        },
-        Path {
-            name: "portable f32",
-            precision: Precision::Bf16,
-            portable: true,
-            value: 2e-6,
-            lse: 1e-5,
-            gradient: 1e-5,
-        },
-        Path {
-            name: "bf16",
-            precision: Precision::Bf16,
-            portable: false,
-            value: 0.015,
-            lse: 0.03,
-            gradient: 0.03,
-        },
+    const PATHS: [Path; 4] = [
+        Path::new("f32", Precision::F32, Processor::Amx, F32),
+        Path::new("portable f32", Precision::Bf16, Processor::Portable, F32),
+        Path::new("bf16", Precision::Bf16, Processor::Avx512, BF16),
+        Path::new("bf16 in tiles", Precision::Bf16, Processor::Amx, BF16),
     ];
+    const F32: [f64; 3] = [2e-6, 1e-5, 1e-5];
+    const BF16: [f64; 3] = [0.015, 0.03, 0.03];
+
+    impl Path {
+        const fn new(
+            name: &'static str,
+            precision: Precision,
+            most: Processor,
+            [value, lse, gradient]: [f64; 3],
+        ) -> Self {
+            Self {
+                name,
+                precision,
+                most,
+                value,
+                lse,
+                gradient,
+            }
+        }
+    }
 
     struct Naive {
         out: Vec<f64>,
@@ -334,7 +335,7 @@ mod tests {
     impl Path {
         fn plan(&self, spans: &[Span], tokens: usize, shape: AttentionShape) -> AttentionPlan {
             let new = || AttentionPlan::new(spans, tokens, shape).with_precision(self.precision);
-            if self.portable { portable(new) } else { new() }
+            on(self.most, new)
         }
     }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use crate::matmul::Precision;
+use crate::processor::{Processor, processor};
 
 /// Consecutive tokens of a tree-packed batch: a prompt, or a response to one.
 ///
@@ -161,6 +162,8 @@ pub struct AttentionPlan {
     precision: Precision,
     /// Whether the processor has what the vector path needs.
     pub(crate) vectors: bool,
+    /// Whether that path's products with bf16 operands use tiles.
+    pub(crate) tiles: bool,
     pub(crate) families: Vec<Family>,
     pub(crate) pieces: Vec<Piece>,
     /// Tokens in no span: they attend to nothing.
@@ -211,6 +214,7 @@ impl AttentionPlan {
             tokens,
             precision: Precision::F32,
             vectors: crate::matmul::bf16_available(),
+            tiles: processor() == Processor::Amx,
             families,
             pieces,
             gaps,
