@@ -74,6 +74,9 @@ pub struct DpoMetrics {
     pub rejected_kept_fraction: f64,
     /// Share of responses of which nothing is kept.
     pub empty_mask_fraction: f64,
+    /// Tokens that went through the policy, a pair's prompt once.
+    #[serde(default)]
+    pub tokens: usize,
     /// Norm of the gradient before clipping; 0 until the step is taken.
     pub grad_norm: f64,
     /// Learning rate of the step; 0 until the step is taken.
@@ -105,6 +108,7 @@ pub fn gradients(
         drift: Drift::default(),
     };
     let tokens: Vec<usize> = items.iter().map(|item| item_tokens(item)).collect();
+    sums.metrics.tokens = tokens.iter().sum();
     for range in micro_batches(&tokens, settings.micro_batch_tokens)? {
         sums.micro_batch(policy, &items[range], objective, settings.activations)?;
     }

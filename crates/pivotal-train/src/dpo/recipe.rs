@@ -10,7 +10,7 @@ use super::{DpoFlags, DpoItem, DpoMetrics, DpoSettings, Mismatched, mismatched, 
 use crate::checkpoint;
 use crate::error::{Error, Result};
 use crate::optimizer::NamedAdamW;
-use crate::progress;
+use crate::progress::{Progress, StepNumbers};
 use crate::reference::pair_logps;
 use crate::run::{Run, StartMode, manifest};
 use crate::settings::{
@@ -129,7 +129,8 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
     let weights = workspace.weights(config.model.precision);
     let budget = config.optimizer.micro_batch_tokens;
     let cache = reference_cache(config);
-    let under_reference = |pairs| pair_logps(&reference, pairs, budget, &cache, &weights.blake3);
+    let (hash, shown) = (&weights.blake3, config.run.progress);
+    let under_reference = |pairs| pair_logps(&reference, pairs, budget, &cache, hash, shown);
     let reference_logps = match objective.loss.uses_reference() {
         true => Some(under_reference(&pairs)?),
         false => None,
@@ -196,8 +197,8 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
     let batches = Batcher::new(vec![1; items.len()], batching, Cursor::default())?;
     let steps = config.optimizer.total_steps(batches.batches_per_epoch());
     let batches = batches.skip(start as usize).map(|batch| batch.items);
-    let bar = progress::bar("dpo", steps);
-    bar.set_position(start);
+    let progress = Progress::start("dpo", start..steps, config.run.progress);
+    progress.warn(&warnings);
     let mut last: DpoMetrics = run.last()?.unwrap_or_default();
     let every = config.run.checkpoint_every;
     optimize(
@@ -210,11 +211,18 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
         start..steps,
         &mut |step, metrics, policy, optimizer| {
             run.log(step, &metrics)?;
-            bar.set_position(step);
-            bar.set_message(format!(
-                "loss {:.4} accuracy {:.2}",
-                metrics.loss, metrics.accuracy
-            ));
+            let kept = (metrics.chosen_kept_fraction + metrics.rejected_kept_fraction) / 2.0;
+            let numbers = StepNumbers {
+                loss: metrics.loss,
+                accuracy: Some(metrics.accuracy),
+                kl: metrics.kl_k3,
+                kept_fraction: Some(kept),
+                grad_norm: metrics.grad_norm,
+                lr: metrics.lr,
+                tokens: metrics.tokens,
+                ..StepNumbers::default()
+            };
+            progress.step(step, numbers, &[]);
             last = metrics;
             match step == steps || (every > 0 && step % every == 0) {
                 true => {
@@ -225,7 +233,7 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
             }
         },
     )?;
-    bar.finish_and_clear();
+    drop(progress);
     let result = workspace.write_policy(&mut policy, out)?;
     let summary = Summary {
         result,
