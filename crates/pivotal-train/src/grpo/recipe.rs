@@ -14,12 +14,13 @@ use serde::{Deserialize, Serialize};
 use super::settings::{GrpoFlags, GrpoSettings};
 use super::{GrpoBatch, GrpoObjective, UpdateSums, gradients};
 use crate::checkpoint;
+use crate::diagnosis::{CreditNumbers, WarningFlags, WarningSettings};
 use crate::error::{Error, Result};
 use crate::onpolicy::{
-    Clock, CreditNumbers, Cutting, EvalFlags, EvalSettings, Evaluation, Evaluator, Layout, Prompt,
-    PromptFlags, PromptSettings, ResponseScore, Rollout, RolloutCredit, RolloutFlags,
-    RolloutRecord, RolloutSettings, Sampler, ScoreFlags, ScoreSettings, Scorer, SignalFlags,
-    SignalInputs, SignalSettings, StepLog, Timings, gap, masks, read_prompts,
+    Clock, Cutting, EvalFlags, EvalSettings, Evaluation, Evaluator, Layout, Prompt, PromptFlags,
+    PromptSettings, ResponseScore, Rollout, RolloutCredit, RolloutFlags, RolloutRecord,
+    RolloutSettings, Sampler, ScoreFlags, ScoreSettings, Scorer, SignalFlags, SignalInputs,
+    SignalSettings, StepLog, Timings, gap, masks, read_prompts,
 };
 use crate::optimizer::NamedAdamW;
 use crate::progress::{Progress, StepNumbers};
@@ -56,6 +57,8 @@ recipe! {
         signal: SignalSettings, SignalFlags;
         /// `[credit]`
         credit: CreditConfig, CreditFlags;
+        /// `[warnings]`
+        warnings: WarningSettings, WarningFlags;
     }
 }
 
@@ -203,6 +206,7 @@ fn check(config: &GrpoConfig) -> Result<()> {
     config.score.check()?;
     config.signal.check()?;
     config.grpo.check()?;
+    config.warnings.check()?;
     RolloutCredit::check(&config.credit, &config.score, &config.signal, false)?;
     if config.optimizer.batch != OptimizerSettings::default().batch {
         return Err(Error::Setting {
@@ -268,7 +272,8 @@ impl Training<'_> {
         if let Some(evaluator) = &mut self.evaluator {
             evaluator.open(out, start)?;
         }
-        let mut credit = RolloutCredit::new(&config.credit, config.run.seed, &more)?;
+        let mut credit = RolloutCredit::new(&config.credit, config.run.seed, &more)?
+            .with_warnings(&config.warnings);
 
         let batching = BatchOptions {
             seed: config.run.seed,

@@ -17,13 +17,14 @@ use super::update::{
     value_gradients,
 };
 use crate::checkpoint;
+use crate::diagnosis::{CreditNumbers, WarningFlags, WarningSettings};
 use crate::error::{Error, Result};
 use crate::onpolicy::{
-    Clock, CreditNumbers, Cutting, EvalFlags, EvalSettings, Evaluation, Evaluator, Layout,
-    Minibatch, Prompt, PromptFlags, PromptSettings, ResponseScore, Rollout, RolloutCredit,
-    RolloutFlags, RolloutRecord, RolloutSettings, Sampler, ScoreFlags, ScoreSettings, Scorer,
-    SignalFlags, SignalInputs, SignalSettings, StepLog, Timings, from_state_text, gap, masks,
-    read_prompts, state_text,
+    Clock, Cutting, EvalFlags, EvalSettings, Evaluation, Evaluator, Layout, Minibatch, Prompt,
+    PromptFlags, PromptSettings, ResponseScore, Rollout, RolloutCredit, RolloutFlags,
+    RolloutRecord, RolloutSettings, Sampler, ScoreFlags, ScoreSettings, Scorer, SignalFlags,
+    SignalInputs, SignalSettings, StepLog, Timings, from_state_text, gap, masks, read_prompts,
+    state_text,
 };
 use crate::optimizer::{GradientSum, NamedAdamW};
 use crate::progress::{Progress, StepNumbers};
@@ -61,6 +62,8 @@ recipe! {
         signal: SignalSettings, SignalFlags;
         /// `[credit]`
         credit: CreditConfig, CreditFlags;
+        /// `[warnings]`
+        warnings: WarningSettings, WarningFlags;
     }
 }
 
@@ -176,7 +179,7 @@ pub fn train(config: &PpoConfig, mode: StartMode) -> Result<Summary> {
     let has_reward_model = scorer.reward_model().is_some();
     let training = Training {
         config,
-        credit: RolloutCredit::new(&config.credit, seed, "")?,
+        credit: RolloutCredit::new(&config.credit, seed, "")?.with_warnings(&config.warnings),
         shaper: Shaper::new(&config.ppo, &rule, has_reward_model, seed, None)?,
         reference: workspace.decoder.detached(),
         workspace: &workspace,
@@ -199,6 +202,7 @@ fn check(config: &PpoConfig) -> Result<()> {
     config.score.check()?;
     config.signal.check()?;
     config.ppo.check()?;
+    config.warnings.check()?;
     if config.optimizer.batch != OptimizerSettings::default().batch {
         return Err(Error::Setting {
             key: "batch",
@@ -349,7 +353,8 @@ impl Training<'_> {
             let (config, seed) = (self.config, self.config.run.seed);
             let rule = config.credit.resolve()?;
             let has_reward_model = self.scorer.reward_model().is_some();
-            self.credit = RolloutCredit::new(&config.credit, seed, &credit)?;
+            self.credit =
+                RolloutCredit::new(&config.credit, seed, &credit)?.with_warnings(&config.warnings);
             self.shaper = Shaper::new(&config.ppo, &rule, has_reward_model, seed, Some(shaper))?;
         }
         Ok(step)
