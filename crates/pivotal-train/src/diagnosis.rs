@@ -12,7 +12,7 @@ use crate::table::table;
 table! {
     /// When to warn about credit, step by step. A warning changes nothing: it is said, and stands in the metrics.
     pub struct WarningSettings, WarningFlags {
-        /// Over-segmentation: the median segment has at most this many tokens; 0 never warns, like what follows where it says so.
+        /// Over-segmentation: the median segment has at most this many tokens; 0 never warns.
         "warn-segment-tokens" segment_tokens: f64 = 2.0,
         /// Under-segmentation: at least this share of responses is one segment; above 1 never.
         "warn-single-segment" single_segment: f64 = 0.9,

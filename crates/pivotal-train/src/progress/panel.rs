@@ -40,8 +40,7 @@ fn panel(course: &Course, now: Duration, columns: u16, rows: u16) -> Buffer {
         0
     };
     let shares = course.shares();
-    let mut notices = notices(course, inner);
-    notices.truncate(notice_rows);
+    let notices = notices(course, inner, notice_rows);
     let heights = [
         1,
         numbers.len() as u16,
@@ -96,8 +95,9 @@ fn list(course: &Course, now: Duration, columns: u16, rows: u16) -> Buffer {
         let parts = PARTS.iter().zip(shares).map(part).collect();
         all.extend(wrap(parts, width, " "));
     }
-    all.extend(notices(course, width));
-    all.truncate(usize::from(rows.min(9)));
+    let rows = usize::from(rows.min(9));
+    all.extend(notices(course, width, rows.saturating_sub(all.len())));
+    all.truncate(rows);
     let area = Rect::new(0, 0, columns, all.len() as u16);
     let mut frame = Buffer::empty(area);
     lines(all, area, &mut frame);
@@ -167,22 +167,23 @@ fn wrap(parts: Vec<Line<'static>>, width: usize, gap: &'static str) -> Vec<Line<
     lines
 }
 
-/// The warnings, the latest first.
-fn notices(course: &Course, width: usize) -> Vec<Line<'static>> {
+/// The warnings, the latest first, in at most `rows` lines: one that does not fit waits for room, except the first.
+fn notices(course: &Course, width: usize, rows: usize) -> Vec<Line<'static>> {
     let mut notices: Vec<_> = course.notices.iter().collect();
     notices.sort_by_key(|notice| std::cmp::Reverse(notice.step));
-    let each = notices.into_iter().flat_map(|notice| {
+    let mut lines: Vec<Line<'static>> = Vec::new();
+    for notice in notices {
         let now = notice.step == course.step;
         let style = Style::from(if now { Color::Yellow } else { Color::DarkGray });
         let text = words::notice(notice);
-        let words = text
-            .split(' ')
-            .map(|word| Line::styled(word.to_owned(), style));
-        wrap(words.collect(), width, " ")
-            .into_iter()
-            .map(move |line| line.style(style))
-    });
-    each.collect()
+        let words = text.split(' ').map(|word| Line::from(word.to_owned()));
+        let wrapped = wrap(words.collect(), width, " ");
+        if lines.is_empty() || lines.len() + wrapped.len() <= rows {
+            lines.extend(wrapped.into_iter().map(|line| line.style(style)));
+        }
+    }
+    lines.truncate(rows);
+    lines
 }
 
 fn traces(course: &Course) -> impl Iterator<Item = (&'static str, &Trace)> {
@@ -212,8 +213,11 @@ fn draw_charts(course: &Course, area: Rect, frame: &mut Buffer) {
 fn spark(name: &str, trace: &Trace, area: Rect, frame: &mut Buffer) {
     let [head, body] = Layout::vertical([Constraint::Length(1), Constraint::Fill(1)]).areas(area);
     let (first, last) = trace.ends().unwrap_or_default();
-    let from = Span::styled(format!("{name} {first:.4} → "), Color::DarkGray);
-    Line::from(vec![from, format!("{last:.4}").bold()]).render(head, frame);
+    let from = Span::styled(
+        format!("{name} {} → ", words::number(first)),
+        Color::DarkGray,
+    );
+    Line::from(vec![from, words::number(last).bold()]).render(head, frame);
     let values = trace.columns(usize::from(body.width));
     let levels = 8 * u64::from(body.height);
     Sparkline::default()

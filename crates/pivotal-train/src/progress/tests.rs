@@ -183,3 +183,23 @@ fn speed_and_eta_are_those_of_the_last_steps() {
     assert_eq!(course.eta(), Some(Duration::from_secs(50)));
     assert_eq!(words::span(Duration::from_secs(3 * 3600 + 61)), "3h 01m");
 }
+
+#[test]
+fn no_zero_is_below_zero() {
+    let numbers = [-0.0, -0.00004, -0.00006, 0.5].map(words::number);
+    assert_eq!(numbers, ["0.0000", "0.0000", "-0.0001", "0.5000"]);
+}
+
+#[test]
+fn a_panic_is_said_after_the_last_drawing() {
+    let shared = Shared {
+        course: course("dpo", 1, pairs),
+        begin: Instant::now(),
+        view: View::Lines { last: None },
+    };
+    let shared = Arc::new(Mutex::new(shared));
+    stop_before_a_panic_is_said(Arc::downgrade(&shared));
+    let panicked = std::thread::spawn(|| panic!("on purpose")).join();
+    assert!(panicked.is_err());
+    assert!(matches!(lock(&shared).view, View::Off));
+}

@@ -44,11 +44,11 @@ pub(super) fn values(course: &Course) -> Vec<(&'static str, String)> {
     let Some(numbers) = &course.numbers else {
         return Vec::new();
     };
-    let mut values = vec![("loss", format!("{:.4}", numbers.loss))];
+    let mut values = vec![("loss", number(numbers.loss))];
     let mut add = |label, value: Option<String>| values.extend(value.map(|value| (label, value)));
     add("score", numbers.score.map(|score| format!("{score:.3}")));
     add("accuracy", numbers.accuracy.map(percent));
-    add("kl", numbers.kl.map(|kl| format!("{kl:.4}")));
+    add("kl", numbers.kl.map(number));
     add("kept", numbers.kept_fraction.map(percent));
     let segments = numbers.segments_per_100_tokens;
     add(
@@ -58,6 +58,15 @@ pub(super) fn values(course: &Course) -> Vec<(&'static str, String)> {
     add("grad", Some(format!("{:.3}", numbers.grad_norm)));
     add("lr", Some(format!("{:.1e}", numbers.lr)));
     values
+}
+
+/// With four places, and no zero below zero.
+pub(super) fn number(number: f64) -> String {
+    let text = format!("{number:.4}");
+    match text.strip_prefix('-') {
+        Some(zero) if zero.chars().all(|digit| "0.".contains(digit)) => zero.to_owned(),
+        _ => text,
+    }
 }
 
 /// `1,240 tokens/s`.
