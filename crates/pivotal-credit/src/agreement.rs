@@ -69,6 +69,18 @@ impl AgreementCounts {
         }
     }
 
+    /// Counts what `other` has counted.
+    pub fn merge(&mut self, other: &Self) {
+        self.kept += other.kept;
+        self.wanted += other.wanted;
+        self.both += other.both;
+        self.decisive_wanted += other.decisive_wanted;
+        self.decisive_both += other.decisive_both;
+        self.kept_weight += other.kept_weight;
+        self.both_weight += other.both_weight;
+        self.has_policy |= other.has_policy;
+    }
+
     /// The shares.
     pub fn agreement(&self) -> Agreement {
         let share = |part: u64, whole: u64| (whole > 0).then(|| part as f64 / whole as f64);

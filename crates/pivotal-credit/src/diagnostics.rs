@@ -230,6 +230,18 @@ impl Diagnostics {
         }
     }
 
+    /// Takes in what `other` observed, as if it had been observed here.
+    pub fn merge(&mut self, other: &Self) {
+        self.positive.merge(&other.positive);
+        self.neutral.merge(&other.neutral);
+        self.negative.merge(&other.negative);
+        self.segment_tokens.extend(&other.segment_tokens);
+        self.flips += other.flips;
+        self.single_segment += other.single_segment;
+        self.all.merge(&other.all);
+        self.has_truth |= other.has_truth;
+    }
+
     /// The numbers so far.
     pub fn report(&self) -> DiagnosticsReport {
         let sides = [&self.positive, &self.neutral, &self.negative];
@@ -262,6 +274,18 @@ impl Diagnostics {
 }
 
 impl Side {
+    fn merge(&mut self, other: &Self) {
+        self.responses += other.responses;
+        for bin in 0..POSITION_BINS {
+            self.tokens[bin] += other.tokens[bin];
+            self.kept[bin] += other.kept[bin];
+        }
+        self.empty += other.empty;
+        self.segments += other.segments;
+        self.opposing += other.opposing;
+        self.agreement.merge(&other.agreement);
+    }
+
     fn report(&self, has_truth: bool) -> SideReport {
         let tokens = self.tokens.iter().sum();
         let mut by_position = [None; POSITION_BINS];

@@ -50,12 +50,25 @@ impl Drift {
         }
     }
 
+    /// True before the first step.
+    pub fn is_empty(&self) -> bool {
+        self.steps == 0
+    }
+
+    /// Mean of the last steps; `None` until there are as many as the window.
+    pub fn latest(&self) -> Option<f64> {
+        if self.last.len() < self.window {
+            return None;
+        }
+        let last: Vec<f64> = self.last.iter().copied().collect();
+        mean(&last)
+    }
+
     /// Mean of the last steps less mean of the first; `None` until the two no longer overlap.
     pub fn change(&self) -> Option<f64> {
         if self.steps < 2 * self.window as u64 {
             return None;
         }
-        let last: Vec<f64> = self.last.iter().copied().collect();
-        Some(mean(&last)? - self.first.mean()?)
+        Some(self.latest()? - self.first.mean()?)
     }
 }

@@ -20,6 +20,8 @@ pub struct Thresholds {
     pub empty_mask_fraction: f64,
     /// The opposing fraction moved by at least this much over the run (0.2).
     pub opposing_drift: f64,
+    /// The log-probability of the chosen responses' kept tokens fell by at least so many nats a token (0.1).
+    pub chosen_fall_nats: f64,
 }
 
 impl Default for Thresholds {
@@ -31,11 +33,12 @@ impl Default for Thresholds {
             keep_none_fraction: 0.02,
             empty_mask_fraction: 0.5,
             opposing_drift: 0.2,
+            chosen_fall_nats: 0.1,
         }
     }
 }
 
-/// A failure signature that was met.
+/// A failure signature that was met. Its text begins with [`Warning::name`] and a colon.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Warning {
@@ -57,31 +60,64 @@ pub enum Warning {
         fraction: f64,
     },
     /// A mask that drops nothing.
-    #[error("{:.1} % of tokens are kept: the mask does nothing; check the baseline", 100.0 * fraction)]
+    #[error("keep-all: {:.1} % of tokens are kept, the mask does nothing; check the baseline", 100.0 * fraction)]
     KeepAll {
         /// Fraction kept.
         fraction: f64,
     },
     /// A mask that keeps nothing.
-    #[error("{:.1} % of tokens are kept: there is nothing to learn from; check the baseline", 100.0 * fraction)]
+    #[error("keep-none: {:.1} % of tokens are kept, there is nothing to learn from; check the baseline", 100.0 * fraction)]
     KeepNone {
         /// Fraction kept.
         fraction: f64,
     },
     /// Responses that train nothing.
-    #[error("{:.0} % of responses have an empty mask", 100.0 * fraction)]
+    #[error("empty-masks: {:.0} % of responses have an empty mask", 100.0 * fraction)]
     EmptyMasks {
         /// Fraction of such responses.
         fraction: f64,
     },
     /// Segments turned against, or towards, their response over the run.
     #[error(
-        "the fraction of segments against their response's sign moved by {change:+.2} over the run"
+        "opposing-drift: the fraction of segments against their response's sign moved by {change:+.2} over the run"
     )]
     OpposingDrift {
         /// Latest steps less first steps.
         change: f64,
     },
+    /// The chosen responses' kept tokens have become less probable. Under a right mask only the dropped ones, which are wrong,
+    /// should.
+    #[error(
+        "chosen-falling: a kept token of the chosen responses has changed by {kept:+.2} nats{}; lower the learning rate or raise `beta`",
+        beside(*dropped)
+    )]
+    ChosenFalling {
+        /// Mean change of a kept token's log-probability, in nats.
+        kept: f64,
+        /// The same of a dropped one, where it was measured.
+        dropped: Option<f64>,
+    },
+}
+
+impl Warning {
+    /// Its name, which does not change with the numbers.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::OverSegmentation { .. } => "over-segmentation",
+            Self::UnderSegmentation { .. } => "under-segmentation",
+            Self::KeepAll { .. } => "keep-all",
+            Self::KeepNone { .. } => "keep-none",
+            Self::EmptyMasks { .. } => "empty-masks",
+            Self::OpposingDrift { .. } => "opposing-drift",
+            Self::ChosenFalling { .. } => "chosen-falling",
+        }
+    }
+}
+
+fn beside(dropped: Option<f64>) -> String {
+    dropped.map_or_else(String::new, |dropped| {
+        format!(", a dropped one by {dropped:+.2}")
+    })
 }
 
 impl Thresholds {
@@ -125,5 +161,11 @@ impl Thresholds {
     pub fn drift_warning(&self, opposing: &Drift) -> Option<Warning> {
         let change = opposing.change()?;
         (change.abs() >= self.opposing_drift).then_some(Warning::OpposingDrift { change })
+    }
+
+    /// The warning that a change of the chosen responses' log-probabilities earns, in nats a kept token, and a dropped one where
+    /// that is known.
+    pub fn chosen_warning(&self, kept: f64, dropped: Option<f64>) -> Option<Warning> {
+        (kept <= -self.chosen_fall_nats).then_some(Warning::ChosenFalling { kept, dropped })
     }
 }

@@ -195,7 +195,7 @@ fn drift_needs_two_windows_and_survives_a_checkpoint() {
     let text = thresholds.drift_warning(&drift).unwrap().to_string();
     assert_eq!(
         text,
-        "the fraction of segments against their response's sign moved by +0.30 over the run"
+        "opposing-drift: the fraction of segments against their response's sign moved by +0.30 over the run"
     );
 }
 
@@ -212,4 +212,103 @@ fn neutral_segments_neither_flip_nor_oppose() {
     // + 0 − 0 −
     assert_eq!((report.segments, report.flips), (5, 1));
     close(report.opposing_fraction, 0.4);
+}
+
+#[test]
+fn a_warning_begins_with_its_name() {
+    let (fraction, change) = (0.5, -0.3);
+    let warnings = [
+        Warning::OverSegmentation { median_tokens: 1.0 },
+        Warning::UnderSegmentation { fraction },
+        Warning::KeepAll { fraction },
+        Warning::KeepNone { fraction },
+        Warning::EmptyMasks { fraction },
+        Warning::OpposingDrift { change },
+        Warning::ChosenFalling {
+            kept: change,
+            dropped: None,
+        },
+    ];
+    for warning in warnings {
+        let text = warning.to_string();
+        assert!(text.starts_with(&format!("{}: ", warning.name())), "{text}");
+    }
+}
+
+#[test]
+fn a_fall_of_the_chosen_tokens_is_told_apart_from_a_rise() {
+    let thresholds = Thresholds::default();
+    assert_eq!(thresholds.chosen_warning(0.5, Some(-2.0)), None);
+    assert_eq!(thresholds.chosen_warning(-0.09, None), None);
+    let warning = thresholds.chosen_warning(-0.1, Some(-0.25)).unwrap();
+    assert_eq!(
+        warning.to_string(),
+        "chosen-falling: a kept token of the chosen responses has changed by -0.10 nats, a dropped one by -0.25; \
+         lower the learning rate or raise `beta`"
+    );
+}
+
+#[test]
+fn the_latest_mean_is_that_of_the_last_window() {
+    let mut drift = Drift::new(2);
+    assert!(drift.is_empty());
+    drift.push(1.0);
+    assert_eq!(drift.latest(), None);
+    drift.push(3.0);
+    drift.push(5.0);
+    assert_eq!(drift.latest(), Some(4.0));
+}
+
+#[test]
+fn merged_diagnostics_are_those_of_all_responses() {
+    let signals: Vec<Vec<f32>> = (0..7)
+        .map(|response| {
+            let value = |t| ((t * 5 + response) % 7) as f32 - 3.0;
+            (0..3 + response * 3).map(value).collect()
+        })
+        .collect();
+    let responses: Vec<Response<'_>> = signals
+        .iter()
+        .enumerate()
+        .map(|(index, signal)| {
+            let sign = [Sign::Positive, Sign::Negative][index % 2];
+            Response::new(index as u64, 0, signal, sign)
+        })
+        .collect();
+    let given = Credit::new(rule(""), 1).assign(&responses).unwrap();
+    // Truth of some responses, probabilities of fewer.
+    let observe = |diagnostics: &mut Diagnostics, index: usize| {
+        let tokens = signals[index].len();
+        let truth: Vec<bool> = (0..tokens).map(|t| t % 3 == 0).collect();
+        let logps: Vec<f32> = (0..tokens).map(|t| -0.125 * t as f32).collect();
+        let (truth, logps) = match index % 3 {
+            0 => (None, None),
+            1 => (Some(&truth[..]), None),
+            _ => (Some(&truth[..]), Some(&logps[..])),
+        };
+        diagnostics.observe(&given[index], truth, logps).unwrap();
+    };
+    let mut whole = Diagnostics::default();
+    let mut halves = [Diagnostics::default(), Diagnostics::default()];
+    for index in 0..given.len() {
+        observe(&mut whole, index);
+        observe(&mut halves[usize::from(index > 3)], index);
+    }
+    let mut merged = Diagnostics::default();
+    halves.iter().for_each(|half| merged.merge(half));
+    let (whole, merged) = (whole.report(), merged.report());
+    assert!(whole.agreement.is_some() && whole.flips > 0, "{whole:?}");
+    let weighted = |report: &DiagnosticsReport| report.agreement.unwrap().weighted_precision;
+    // A sum of weights, in another order.
+    close(weighted(&merged).unwrap(), weighted(&whole).unwrap());
+    let plain = |mut report: DiagnosticsReport| {
+        let sides = [&mut report.positive, &mut report.negative].map(|side| side.as_mut().unwrap());
+        let all = sides
+            .into_iter()
+            .map(|side| &mut side.agreement)
+            .chain([&mut report.agreement]);
+        all.for_each(|agreement| agreement.as_mut().unwrap().weighted_precision = None);
+        report
+    };
+    assert_eq!(plain(merged), plain(whole));
 }

@@ -106,10 +106,7 @@ pub fn annotate(config: &AnnotateConfig, overwrite: bool) -> Result<Summary> {
             require("reward-model", path)?;
             let model = workspace.reward_model(path, config.model.precision)?;
             scorer = Workspace::reward_model_hash(&model, config.model.precision);
-            (
-                levels(kind, &model, &groups, config.annotate.micro_batch_tokens)?,
-                None,
-            )
+            (levels(kind, &model, &groups, &config.annotate)?, None)
         }
     };
     let known: Vec<PairSignals> = signal
@@ -185,9 +182,9 @@ fn log_ratios(
     let settings = &config.annotate;
     let budget = settings.micro_batch_tokens;
     let reference = &workspace.decoder;
-    let mut done = progress::scoring("reference", groups.len());
+    let mut done = progress::scoring("reference", groups.len(), config.annotate.progress);
     let reference = token_logps_told(reference, groups, budget, &mut done)?;
-    let mut done = progress::scoring("oracle", groups.len());
+    let mut done = progress::scoring("oracle", groups.len(), config.annotate.progress);
     let oracle = token_logps_told(oracle, groups, budget, &mut done)?;
     let signals = oracle
         .iter()
@@ -206,10 +203,11 @@ fn levels(
     kind: AnnotatedSignal,
     model: &RewardModel,
     groups: &[Group<'_>],
-    micro_batch_tokens: usize,
+    settings: &AnnotateSettings,
 ) -> Result<Signals> {
-    let mut done = progress::scoring("reward model", groups.len());
-    let values = token_values_told(model, groups, micro_batch_tokens, &mut done)?;
+    let mut done = progress::scoring("reward model", groups.len(), settings.progress);
+    let budget = settings.micro_batch_tokens;
+    let values = token_values_told(model, groups, budget, &mut done)?;
     let signal = |group: Vec<crate::score::ResponseValues>| {
         let responses = group.into_iter().map(|values| match kind {
             AnnotatedSignal::Increment => increment(values.prompt_value, &values.levels),

@@ -16,15 +16,17 @@ use crate::error::{Error, Result};
 use crate::optimizer::{GradientSum, NamedAdamW};
 use crate::score::values;
 use crate::settings::OptimizerSettings;
+use shift::Shifts;
 
 mod mismatch;
 mod objective;
 mod recipe;
 mod settings;
+mod shift;
 
 pub use mismatch::{Mismatched, mismatched};
 pub use objective::{DpoObjective, PreferenceLoss};
-pub use recipe::{DpoConfig, DpoRunFlags, Summary, train};
+pub use recipe::{DpoConfig, DpoRunFlags, DpoStep, Summary, train};
 pub use settings::{DpoFlags, DpoSettings, LossName};
 
 /// A pair, ready for its step.
@@ -52,9 +54,31 @@ pub struct DpoMetrics {
     pub chosen_reward: f64,
     /// The same of the rejected responses.
     pub rejected_reward: f64,
-    /// Mean change of a kept chosen token's log-probability since the reference, in nats; none without a reference.
+    /// Mean log-probability of a kept chosen token, in nats, like all that follow; absent where there is no such token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chosen_kept_logp: Option<f64>,
+    /// Of a kept rejected token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rejected_kept_logp: Option<f64>,
+    /// Of a dropped chosen token; every [`DpoObjective::dropped_every`] steps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chosen_dropped_logp: Option<f64>,
+    /// Of a dropped rejected token, in the same steps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rejected_dropped_logp: Option<f64>,
+    /// Mean change of a kept chosen token's log-probability since the reference; absent without a reference, like the next
+    /// three.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chosen_kept_shift: Option<f64>,
+    /// Of a kept rejected token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rejected_kept_shift: Option<f64>,
+    /// Of a dropped chosen token, in the steps that measure them: under a right mask it sinks, for it is wrong.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chosen_dropped_shift: Option<f64>,
+    /// Of a dropped rejected token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rejected_dropped_shift: Option<f64>,
     /// Mean k1 of policy against reference at kept tokens of both responses, in nats; none without a reference. The data
     /// drew the tokens, not the policy: how far it has gone on them, not its KL divergence.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -72,8 +96,9 @@ pub struct DpoMetrics {
     pub chosen_kept_fraction: f64,
     /// Kept share of the rejected responses' tokens.
     pub rejected_kept_fraction: f64,
-    /// Share of responses of which nothing is kept.
-    pub empty_mask_fraction: f64,
+    /// Tokens that went through the policy, a pair's prompt once.
+    #[serde(default)]
+    pub tokens: usize,
     /// Norm of the gradient before clipping; 0 until the step is taken.
     pub grad_norm: f64,
     /// Learning rate of the step; 0 until the step is taken.
@@ -103,20 +128,22 @@ pub fn gradients(
         gradients: GradientSum::default(),
         metrics: kept_metrics(items),
         drift: Drift::default(),
+        shifts: Shifts::default(),
     };
     let tokens: Vec<usize> = items.iter().map(|item| item_tokens(item)).collect();
+    sums.metrics.tokens = tokens.iter().sum();
     for range in micro_batches(&tokens, settings.micro_batch_tokens)? {
         sums.micro_batch(policy, &items[range], objective, settings.activations)?;
     }
     let mut metrics = sums.metrics;
     metrics.kto_baseline = sums.baseline.map(|baseline| f64::from(values(baseline)[0]));
+    sums.shifts.report(&mut metrics, loss.uses_reference());
     if loss.uses_reference() {
         let drift = sums.drift;
-        let mean = |sum: f64, tokens: usize| Some(sum / tokens.max(1) as f64);
-        metrics.chosen_kept_shift = mean(drift.chosen, drift.chosen_tokens);
-        metrics.kl_k1 = mean(drift.k1, drift.tokens);
-        metrics.kl_k2 = mean(drift.k2, drift.tokens);
-        metrics.kl_k3 = mean(drift.k3, drift.tokens);
+        let mean = |sum: f64| Some(sum / drift.tokens.max(1) as f64);
+        metrics.kl_k1 = mean(drift.k1);
+        metrics.kl_k2 = mean(drift.k2);
+        metrics.kl_k3 = mean(drift.k3);
     }
     Ok((sums.gradients, metrics))
 }
@@ -129,6 +156,7 @@ struct StepSums {
     gradients: GradientSum,
     metrics: DpoMetrics,
     drift: Drift,
+    shifts: Shifts,
 }
 
 impl StepSums {
@@ -160,6 +188,12 @@ impl StepSums {
                 let recomputed = activations.recomputed_layers(policy, pack.len());
                 let pass = pass.insert(policy.forward(&pack, recomputed)?);
                 let policy_logps = policy.token_logps(&pass.hidden, &gathers);
+                let logps = values(policy_logps.clone().without_autodiff());
+                self.shifts.add_kept(items, &gathers, &logps);
+                if objective.measures_dropped(self.step) {
+                    self.shifts
+                        .measure_dropped(policy, items, &pack, &pass.hidden);
+                }
                 let reference = with_reference.then(|| reference_logps(items, &gathers, &device));
                 if let Some(reference) = &reference {
                     self.drift.add(&gathers, &policy_logps, reference)?;
@@ -210,8 +244,6 @@ impl StepSums {
 /// How far the kept tokens' log-probabilities are from the reference's: sums in nats, and of how many tokens.
 #[derive(Default)]
 struct Drift {
-    chosen: f64,
-    chosen_tokens: usize,
     tokens: usize,
     k1: f64,
     k2: f64,
@@ -222,17 +254,11 @@ impl Drift {
     fn add(&mut self, gathers: &[Gather], policy: &Tensor<1>, reference: &Tensor<1>) -> Result<()> {
         let all = TokenMask::all(gathers.len());
         let estimates = kl_estimates(policy.clone().without_autodiff(), reference.clone(), &all)?;
-        let shift = values(estimates.k1);
-        let sum = |values: &[f32]| values.iter().map(|&value| f64::from(value)).sum::<f64>();
+        let sum = |tensor| values(tensor).into_iter().map(f64::from).sum::<f64>();
         self.tokens += gathers.len();
-        self.k1 += sum(&shift);
-        self.k2 += sum(&values(estimates.k2));
-        self.k3 += sum(&values(estimates.k3));
-        let chosen = gathers.iter().zip(&shift);
-        for (_, shift) in chosen.filter(|(gather, _)| gather.response % 2 == 0) {
-            self.chosen += f64::from(*shift);
-            self.chosen_tokens += 1;
-        }
+        self.k1 += sum(estimates.k1);
+        self.k2 += sum(estimates.k2);
+        self.k3 += sum(estimates.k3);
         Ok(())
     }
 }
@@ -315,13 +341,8 @@ fn above(chosen: f32, rejected: f32) -> f64 {
 fn kept_metrics(items: &[&DpoItem]) -> DpoMetrics {
     let count = |side: usize| {
         let masks = items.iter().map(|item| &item.keep[side]);
-        masks.fold((0, 0, 0), |(kept, tokens, empty), mask| {
-            let of_mask = mask.kept();
-            (
-                kept + of_mask,
-                tokens + mask.len(),
-                empty + usize::from(of_mask == 0),
-            )
+        masks.fold((0, 0), |(kept, tokens), mask| {
+            (kept + mask.kept(), tokens + mask.len())
         })
     };
     let (chosen, rejected) = (count(0), count(1));
@@ -329,7 +350,6 @@ fn kept_metrics(items: &[&DpoItem]) -> DpoMetrics {
     DpoMetrics {
         chosen_kept_fraction: ratio(chosen.0, chosen.1),
         rejected_kept_fraction: ratio(rejected.0, rejected.1),
-        empty_mask_fraction: ratio(chosen.2 + rejected.2, 2 * items.len()),
         ..DpoMetrics::default()
     }
 }

@@ -43,7 +43,7 @@ impl EventFile {
         Ok(Self { path, file })
     }
 
-    /// Adds the numbers of `metrics`, an object; those in objects within it under `outer/inner`.
+    /// Adds the numbers of `metrics`, an object; those in objects and lists within it under `outer/inner`.
     pub(crate) fn log(&mut self, step: u64, metrics: &Value) -> Result<()> {
         let mut scalars = Vec::new();
         collect("", metrics, &mut scalars);
@@ -108,6 +108,11 @@ fn collect(prefix: &str, value: &Value, scalars: &mut Vec<(String, f32)>) {
                     false => format!("{prefix}/{key}"),
                 };
                 collect(&tag, value, scalars);
+            }
+        }
+        Value::Array(values) => {
+            for (index, value) in values.iter().enumerate() {
+                collect(&format!("{prefix}/{index}"), value, scalars);
             }
         }
         _ => {}
@@ -283,6 +288,24 @@ mod tests {
         scalars.sort_by(|a, b| a.0.cmp(&b.0));
         let event = record(&scalar_event(1_700_000_001.5, 300, &scalars));
         assert_eq!(hex(&event), EVENT_BYTES);
+    }
+
+    #[test]
+    fn numbers_within_lists_and_objects_have_tags_and_texts_have_none() {
+        let metrics = serde_json::json!({
+            "agreement": { "f1": 0.5, "recall": null },
+            "kept": [0.25, null, 1.0],
+            "warnings": ["a text"],
+        });
+        let mut scalars = Vec::new();
+        collect("", &metrics, &mut scalars);
+        let tag = |tag: &str, value| (tag.to_owned(), value);
+        let expected = [
+            tag("agreement/f1", 0.5),
+            tag("kept/0", 0.25),
+            tag("kept/2", 1.0),
+        ];
+        assert_eq!(scalars, expected);
     }
 
     const VERSION_BYTES: &str =

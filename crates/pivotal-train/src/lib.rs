@@ -2,12 +2,14 @@
 //!
 //! Each recipe is a function that reads top to bottom: load, tokenise, give credit, step, write. [`dpo`], [`sft`] and
 //! [`reward`] train; [`annotate`] scores every token of a data set. What they share are functions: the [`optimizer`]
-//! over named parameters, the [`run`] directory, [`score`] for everything that needs no gradient.
+//! over named parameters, the [`run`] directory, [`score`] for everything that needs no gradient, [`diagnosis`] of what
+//! credit did.
 
 mod activations;
 pub mod annotate;
 mod checkpoint;
 mod config_file;
+pub mod diagnosis;
 pub mod dpo;
 mod error;
 mod event_file;

@@ -11,7 +11,7 @@ use pivotal_core::{TokenizedPair, content_hash, write_checked};
 use pivotal_model::{Decoder, HostTensor, read_tensors, tensors_to_bytes};
 
 use crate::error::Result;
-use crate::progress;
+use crate::progress::{self, ProgressMode};
 use crate::run::write_error;
 use crate::score::{Group, token_logps_told};
 
@@ -29,13 +29,14 @@ pub fn pair_logps(
     micro_batch_tokens: usize,
     cache: &Path,
     decoder_hash: &str,
+    progress: ProgressMode,
 ) -> Result<Vec<[Vec<f32>; 2]>> {
     let path = cache.join(format!("{}.safetensors", key(pairs, decoder_hash)));
     if let Some(logps) = read(&path, pairs) {
         return Ok(logps);
     }
     let groups: Vec<_> = pairs.iter().map(Group::of_pair).collect();
-    let mut done = progress::scoring("reference", groups.len());
+    let mut done = progress::scoring("reference", groups.len(), progress);
     let scored = token_logps_told(reference, &groups, micro_batch_tokens, &mut done)?;
     let logps: Vec<[Vec<f32>; 2]> = scored
         .into_iter()

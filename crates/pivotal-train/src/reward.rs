@@ -32,6 +32,9 @@ pub struct RewardMetrics {
     pub margin: f64,
     /// Mean of both scores: what `center` pins to 0.
     pub mean_score: f64,
+    /// Tokens that went through the model, a pair's prompt once.
+    #[serde(default)]
+    pub tokens: usize,
     /// Norm of the gradient before clipping; 0 until the step is taken.
     pub grad_norm: f64,
     /// Learning rate of the step; 0 until the step is taken.
@@ -60,6 +63,7 @@ pub fn gradients(
         .iter()
         .map(|p| p.prompt.len() + p.chosen.len() + p.rejected.len())
         .collect();
+    metrics.tokens = tokens.iter().sum();
     for range in micro_batches(&tokens, settings.micro_batch_tokens)? {
         let pairs = &pairs[range];
         let pack = time(Part::Pack, || pack_pairs(pairs.iter().copied()))?;

@@ -335,11 +335,12 @@ fn same_run(path: &Path, manifest: &Manifest) -> Result<()> {
 
 fn same_config<C: Serialize + DeserializeOwned>(path: &Path, config: &C) -> Result<()> {
     let stored: C = read_config(&path.join(CONFIG))?;
-    // A run that was moved is the same run.
+    // A run that was moved, or is watched in another way, is the same run.
+    let free = ["out = ", "progress = "];
     let lines = |config: &C| -> Vec<String> {
         let text = show_config(config);
         text.lines()
-            .filter(|line| !line.starts_with("out = "))
+            .filter(|line| !free.iter().any(|key| line.starts_with(key)))
             .map(str::to_owned)
             .collect()
     };

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::activations::Activations;
 pub use crate::dpo::{DpoFlags, DpoSettings, LossName};
 use crate::error::{Error, Result};
+pub use crate::progress::ProgressMode;
 use crate::schedule::Schedule;
 use crate::table::table;
 
@@ -386,6 +387,9 @@ table! {
         "checkpoint-every" checkpoint_every: u64 = 50,
         /// Writes the metrics as TensorBoard events too: true or false.
         "tensorboard" tensorboard: bool = false,
+        /// Progress on standard error: auto, dashboard, lines or off. Changes no result.
+        /// A dashboard wants a terminal; elsewhere auto and dashboard write lines.
+        "progress" progress: ProgressMode = ProgressMode::Auto,
     }
 }
 
@@ -432,6 +436,8 @@ table! {
         "records" records: PathBuf = PathBuf::new(),
         /// Tokens in one forward pass at most.
         "micro-batch-tokens" micro_batch_tokens: usize = 4096,
+        /// Progress on standard error: auto, dashboard, lines or off. Changes no result.
+        "progress" progress: ProgressMode = ProgressMode::Auto,
     }
 }
 

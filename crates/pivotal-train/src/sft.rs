@@ -25,6 +25,9 @@ pub struct SftMetrics {
     pub loss: f64,
     /// Kept tokens in the step.
     pub kept_tokens: usize,
+    /// Tokens that went through the model, prompts included.
+    #[serde(default)]
+    pub tokens: usize,
     /// Norm of the gradient before clipping; 0 until the step is taken.
     pub grad_norm: f64,
     /// Learning rate of the step; 0 until the step is taken.
@@ -44,14 +47,15 @@ pub fn gradients(
     let kept = |item: &TokenizedResponse| item.response_mask.iter().filter(|&&own| own).count();
     let kept_tokens: usize = items.iter().map(|item| kept(item)).sum();
     let mut sum = GradientSum::default();
-    let mut metrics = SftMetrics {
-        kept_tokens,
-        ..SftMetrics::default()
-    };
     let tokens: Vec<usize> = items
         .iter()
         .map(|item| item.prompt.len() + item.response.len())
         .collect();
+    let mut metrics = SftMetrics {
+        kept_tokens,
+        tokens: tokens.iter().sum(),
+        ..SftMetrics::default()
+    };
     for range in micro_batches(&tokens, settings.micro_batch_tokens)? {
         let items = &items[range];
         let pack = time(Part::Pack, || pack_responses(items.iter().copied()))?;

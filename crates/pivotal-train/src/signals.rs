@@ -208,6 +208,30 @@ pub fn assign(
     })
 }
 
+/// The diagnostics of each pair that has been given credit, for sums over batches; empty if no signal was segmented. With
+/// `reference_logps`, chosen then rejected, decisive tokens are those that the reference is not sure of.
+///
+/// # Errors
+/// [`Error::Credit`] if a column is not one value a token.
+pub fn diagnostics(
+    credit: &PairCredit,
+    signals: &[PairSignals],
+    reference_logps: Option<&[[Vec<f32>; 2]]>,
+) -> Result<Vec<Diagnostics>> {
+    let pairs = credit.given.iter().enumerate();
+    pairs
+        .map(|(index, given)| {
+            let mut diagnostics = Diagnostics::new(DECISIVE_PROBABILITY);
+            for (side, credit) in given.iter().enumerate() {
+                let truth = signals[index].truth[side].as_deref();
+                let logps = reference_logps.map(|logps| &logps[index][side][..]);
+                diagnostics.observe(credit, truth, logps)?;
+            }
+            Ok(diagnostics)
+        })
+        .collect()
+}
+
 /// Records of pairs that have been given credit, chosen then rejected, in order.
 ///
 /// # Errors

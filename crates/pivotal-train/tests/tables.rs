@@ -168,6 +168,7 @@ fn dpo_table(name: &str, micro_batch_tokens: usize, device: &Device) {
         loss: PreferenceLoss::Dpo,
         beta: golden["beta"].as_f64().unwrap(),
         normalisation: Normalisation::Sum,
+        dropped_every: 0,
     };
     let mut settings = settings(&golden);
     settings.micro_batch_tokens = micro_batch_tokens;
@@ -252,6 +253,7 @@ fn the_first_step_of_dpo_has_loss_ln_2() {
             loss: PreferenceLoss::Dpo,
             beta: 0.1,
             normalisation: Normalisation::Sum,
+            dropped_every: 0,
         };
         let mut policy = base.clone().trainable();
         let (_, metrics) = dpo::gradients(

@@ -12,6 +12,8 @@ mod onpolicy;
 mod output;
 #[path = "cli/ppo.rs"]
 mod ppo;
+#[path = "cli/progress.rs"]
+mod progress;
 #[path = "cli/recipes.rs"]
 mod recipes;
 #[path = "cli/resume.rs"]

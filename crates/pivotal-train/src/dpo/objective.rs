@@ -8,7 +8,7 @@ use pivotal_loss::{
 
 use crate::error::Result;
 
-/// What the loss is made of besides the pairs.
+/// What the loss is made of besides the pairs, and what is measured beside it.
 #[derive(Clone, Copy, Debug)]
 pub struct DpoObjective {
     /// Which loss.
@@ -17,6 +17,8 @@ pub struct DpoObjective {
     pub beta: f64,
     /// What a response's kept log-probabilities are made into.
     pub normalisation: Normalisation,
+    /// Steps between measurements of the dropped tokens' log-probabilities, which change no result; 0 takes none.
+    pub dropped_every: u64,
 }
 
 /// A loss of preferences, with the numbers that it alone has.
@@ -64,6 +66,11 @@ impl PreferenceLoss {
 }
 
 impl DpoObjective {
+    /// True in the steps, counted from 1, that measure the dropped tokens: the first, and every so many after it.
+    pub(super) fn measures_dropped(&self, step: u64) -> bool {
+        self.dropped_every > 0 && (step - 1).is_multiple_of(self.dropped_every)
+    }
+
     /// The terms of each pair. `reference` is there where [`PreferenceLoss::uses_reference`], `baseline` where
     /// [`PreferenceLoss::uses_mismatched`].
     pub(super) fn terms(

@@ -2,15 +2,17 @@
 
 use std::path::{Path, PathBuf};
 
-use pivotal_credit::{CreditConfig, DiagnosticsReport, Signal};
+use pivotal_credit::{CreditConfig, CreditRule, Diagnostics, DiagnosticsReport, Signal};
 use pivotal_data::{BatchOptions, Batcher, Cursor, DataSet, Order, ReadOptions, tokenize_pairs};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{DpoFlags, DpoItem, DpoMetrics, DpoSettings, Mismatched, mismatched, optimize};
 use crate::checkpoint;
+use crate::diagnosis::{CreditNumbers, WarningFlags, WarningSettings, Watch};
 use crate::error::{Error, Result};
+use crate::onpolicy::{from_state_text, state_text};
 use crate::optimizer::NamedAdamW;
-use crate::progress;
+use crate::progress::{Progress, StepNumbers};
 use crate::reference::pair_logps;
 use crate::run::{Run, StartMode, manifest};
 use crate::settings::{
@@ -38,7 +40,20 @@ recipe! {
         run: RunSettings, RunFlags;
         /// `[credit]`
         credit: CreditConfig, CreditFlags;
+        /// `[warnings]`
+        warnings: WarningSettings, WarningFlags;
     }
+}
+
+/// A line of `metrics.jsonl`: one step's numbers.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DpoStep {
+    /// Of the loss.
+    #[serde(flatten)]
+    pub metrics: DpoMetrics,
+    /// Of credit: positive responses are the chosen ones.
+    #[serde(flatten)]
+    pub credit: CreditNumbers,
 }
 
 /// What a run came to; `summary.json`.
@@ -55,7 +70,7 @@ pub struct Summary {
     /// Optimizer steps taken in all.
     pub steps: u64,
     /// The last step's metrics.
-    pub last: DpoMetrics,
+    pub last: DpoStep,
     /// What credit did, where it segmented a signal.
     pub credit: Option<DiagnosticsReport>,
     /// Warnings about the masks.
@@ -81,6 +96,7 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
     config.optimizer.check()?;
     let objective = config.dpo.objective()?;
     config.credit.resolve()?;
+    config.warnings.check()?;
     let data = DataSet::read(&config.data.path, ReadOptions::default())?;
     let mut workspace = Workspace::load(&config.model)?;
     let options = config
@@ -121,6 +137,7 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
         &credit_config,
         seed,
     )?;
+    let rule = credit_config.resolve()?;
     let (report, warnings) = (credit.report.clone(), credit.warnings.clone());
 
     let mut policy = workspace.trainable(&config.lora, seed)?;
@@ -129,7 +146,8 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
     let weights = workspace.weights(config.model.precision);
     let budget = config.optimizer.micro_batch_tokens;
     let cache = reference_cache(config);
-    let under_reference = |pairs| pair_logps(&reference, pairs, budget, &cache, &weights.blake3);
+    let (hash, shown) = (&weights.blake3, config.run.progress);
+    let under_reference = |pairs| pair_logps(&reference, pairs, budget, &cache, hash, shown);
     let reference_logps = match objective.loss.uses_reference() {
         true => Some(under_reference(&pairs)?),
         false => None,
@@ -163,14 +181,16 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
         config,
         &manifest("dpo", seed, workspace.decoder.device(), &inputs, &[weights])?,
     )?;
-    let start = match mode {
-        StartMode::Resume => checkpoint::restore(out, &mut policy, &mut optimizer)?,
-        _ => 0,
+    let (start, more) = match mode {
+        StartMode::Resume => checkpoint::restore_more(out, &mut policy, &mut optimizer)?,
+        _ => (0, String::new()),
     };
     run.rewind(start)?;
+    let mut watch = Watch::new(&config.warnings, from_state_text(&more)?);
 
+    let logps = reference_logps.as_deref();
+    let diagnosed = signals::diagnostics(&credit, &known, logps)?;
     if !credit.given.is_empty() {
-        let logps = reference_logps.as_deref();
         let records = signals::records(&pairs, &known, credit, logps, &workspace.tokenizer)?;
         signals::write_records(&out.join("credit.jsonl"), &records)?;
     }
@@ -196,9 +216,10 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
     let batches = Batcher::new(vec![1; items.len()], batching, Cursor::default())?;
     let steps = config.optimizer.total_steps(batches.batches_per_epoch());
     let batches = batches.skip(start as usize).map(|batch| batch.items);
-    let bar = progress::bar("dpo", steps);
-    bar.set_position(start);
-    let mut last: DpoMetrics = run.last()?.unwrap_or_default();
+    let mut watched = batches.clone();
+    let progress = Progress::start("dpo", start..steps, config.run.progress);
+    progress.warn(&warnings);
+    let mut last: DpoStep = run.last()?.unwrap_or_default();
     let every = config.run.checkpoint_every;
     optimize(
         &mut policy,
@@ -209,23 +230,33 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
         batches,
         start..steps,
         &mut |step, metrics, policy, optimizer| {
-            run.log(step, &metrics)?;
-            bar.set_position(step);
-            bar.set_message(format!(
-                "loss {:.4} accuracy {:.2}",
-                metrics.loss, metrics.accuracy
-            ));
-            last = metrics;
+            let batch = watched.next().unwrap_or_default();
+            let credit = watched_credit(&mut watch, &rule, &diagnosed, &batch, &metrics);
+            last = DpoStep { metrics, credit };
+            run.log(step, &last)?;
+            let numbers = StepNumbers {
+                loss: metrics.loss,
+                accuracy: Some(metrics.accuracy),
+                kl: metrics.kl_k3,
+                kept_fraction: Some(last.credit.kept_fraction),
+                segments_per_100_tokens: last.credit.segments_per_100_tokens,
+                grad_norm: metrics.grad_norm,
+                lr: metrics.lr,
+                tokens: metrics.tokens,
+                ..StepNumbers::default()
+            };
+            progress.step(step, numbers, &last.credit.warnings);
             match step == steps || (every > 0 && step % every == 0) {
                 true => {
                     run.sync()?;
-                    checkpoint::save(out, step, policy, optimizer)
+                    let state = state_text(watch.state())?;
+                    checkpoint::save_more(out, step, policy, optimizer, &state)
                 }
                 false => Ok(()),
             }
         },
     )?;
-    bar.finish_and_clear();
+    drop(progress);
     let result = workspace.write_policy(&mut policy, out)?;
     let summary = Summary {
         result,
@@ -239,6 +270,37 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
     };
     run.finish(&summary)?;
     Ok(summary)
+}
+
+/// What credit did to the pairs of a step, and the warnings of the step.
+fn watched_credit(
+    watch: &mut Watch,
+    rule: &CreditRule,
+    diagnosed: &[Diagnostics],
+    batch: &[usize],
+    metrics: &DpoMetrics,
+) -> CreditNumbers {
+    let mut numbers = match diagnosed.is_empty() {
+        true => CreditNumbers::keep_all(),
+        false => {
+            let mut of_batch = Diagnostics::default();
+            batch
+                .iter()
+                .for_each(|&pair| of_batch.merge(&diagnosed[pair]));
+            watch.credit(&of_batch, rule)
+        }
+    };
+    // They are in the metrics under the names of the sides.
+    (
+        numbers.kept_fraction_positive,
+        numbers.kept_fraction_negative,
+    ) = (None, None);
+    numbers.warnings.extend(watch.chosen(
+        metrics.chosen_kept_shift,
+        metrics.chosen_dropped_shift,
+        metrics.chosen_kept_logp,
+    ));
+    numbers
 }
 
 fn mismatched_item((row, reference_logps): (Mismatched, [Vec<f32>; 2])) -> Option<Box<DpoItem>> {

@@ -64,6 +64,9 @@ table! {
         "desirable-weight" desirable_weight: f64 = 1.0,
         /// For kto: what a rejected response weighs.
         "undesirable-weight" undesirable_weight: f64 = 1.0,
+        /// Steps between measurements of the dropped tokens' log-probabilities, for the metrics alone; 0 takes none.
+        /// One costs the vocabulary's projection of these tokens, forward: a few per cent of its step.
+        "dropped-every" dropped_every: u64 = 10,
         /// Credit records of `annotate`, whose signals the `[credit]` table segments; the data's own columns if empty.
         "signals" signals: PathBuf = PathBuf::new(),
         /// Directory of cached reference log-probabilities; the run directory's parent has one if empty.
@@ -126,6 +129,7 @@ impl DpoSettings {
             loss,
             beta: self.beta,
             normalisation,
+            dropped_every: self.dropped_every,
         })
     }
 

@@ -14,15 +14,16 @@ use serde::{Deserialize, Serialize};
 use super::settings::{GrpoFlags, GrpoSettings};
 use super::{GrpoBatch, GrpoObjective, UpdateSums, gradients};
 use crate::checkpoint;
+use crate::diagnosis::{CreditNumbers, WarningFlags, WarningSettings};
 use crate::error::{Error, Result};
 use crate::onpolicy::{
-    Clock, CreditNumbers, Cutting, EvalFlags, EvalSettings, Evaluation, Evaluator, Layout, Prompt,
-    PromptFlags, PromptSettings, ResponseScore, Rollout, RolloutCredit, RolloutFlags,
-    RolloutRecord, RolloutSettings, Sampler, ScoreFlags, ScoreSettings, Scorer, SignalFlags,
-    SignalInputs, SignalSettings, StepLog, Timings, gap, masks, read_prompts,
+    Clock, Cutting, EvalFlags, EvalSettings, Evaluation, Evaluator, Layout, Prompt, PromptFlags,
+    PromptSettings, ResponseScore, Rollout, RolloutCredit, RolloutFlags, RolloutRecord,
+    RolloutSettings, Sampler, ScoreFlags, ScoreSettings, Scorer, SignalFlags, SignalInputs,
+    SignalSettings, StepLog, Timings, gap, masks, read_prompts,
 };
 use crate::optimizer::NamedAdamW;
-use crate::progress;
+use crate::progress::{Progress, StepNumbers};
 use crate::run::{Run, StartMode, manifest};
 use crate::settings::{
     CreditFlags, LoraFlags, LoraSettings, ModelFlags, ModelSettings, OptimizerFlags,
@@ -56,6 +57,8 @@ recipe! {
         signal: SignalSettings, SignalFlags;
         /// `[credit]`
         credit: CreditConfig, CreditFlags;
+        /// `[warnings]`
+        warnings: WarningSettings, WarningFlags;
     }
 }
 
@@ -203,6 +206,7 @@ fn check(config: &GrpoConfig) -> Result<()> {
     config.score.check()?;
     config.signal.check()?;
     config.grpo.check()?;
+    config.warnings.check()?;
     RolloutCredit::check(&config.credit, &config.score, &config.signal, false)?;
     if config.optimizer.batch != OptimizerSettings::default().batch {
         return Err(Error::Setting {
@@ -268,7 +272,8 @@ impl Training<'_> {
         if let Some(evaluator) = &mut self.evaluator {
             evaluator.open(out, start)?;
         }
-        let mut credit = RolloutCredit::new(&config.credit, config.run.seed, &more)?;
+        let mut credit = RolloutCredit::new(&config.credit, config.run.seed, &more)?
+            .with_warnings(&config.warnings);
 
         let batching = BatchOptions {
             seed: config.run.seed,
@@ -279,20 +284,39 @@ impl Training<'_> {
         let batches = Batcher::new(lengths, batching, Cursor::default())?;
         let steps = config.optimizer.total_steps(batches.batches_per_epoch());
         let batches = batches.skip(start as usize);
-        let bar = progress::bar("grpo", steps);
-        bar.set_position(start);
+        let progress = Progress::start("grpo", start..steps, config.run.progress);
         let mut last: GrpoMetrics = self.run.last()?.unwrap_or_default();
         let every = config.run.checkpoint_every;
+        progress.phase("evaluation");
         self.evaluate(start, steps)?;
         for (step, batch) in (start + 1..=steps).zip(batches) {
             let prompts = self.prompts;
             let prompts: Vec<&Prompt> = batch.items.iter().map(|&item| &prompts[item]).collect();
-            last = self.step(step, steps, &prompts, &mut credit, &mut rollout_log)?;
+            last = self.step(
+                step,
+                steps,
+                &prompts,
+                &mut credit,
+                &mut rollout_log,
+                &progress,
+            )?;
             self.run.log(step, &last)?;
+            let timings = self.clock.last();
+            let numbers = StepNumbers {
+                loss: last.loss,
+                score: Some(last.score),
+                kl: Some(last.kl_k3),
+                kept_fraction: Some(last.credit.kept_fraction),
+                segments_per_100_tokens: last.credit.segments_per_100_tokens,
+                grad_norm: last.grad_norm,
+                lr: last.lr,
+                tokens: timings.sampled_tokens as usize,
+                timings: Some(timings),
+                ..StepNumbers::default()
+            };
+            progress.step(step, numbers, &last.credit.warnings);
+            progress.phase("evaluation");
             self.evaluate(step, steps)?;
-            bar.set_position(step);
-            let (score, kl) = (last.score, last.kl_k3);
-            bar.set_message(format!("score {score:.3} kl {kl:.4}"));
             if step == steps || (every > 0 && step % every == 0) {
                 self.run.sync()?;
                 rollout_log.sync()?;
@@ -300,7 +324,7 @@ impl Training<'_> {
                 checkpoint::save_more(out, step, policy, optimizer, &credit.state()?)?;
             }
         }
-        bar.finish_and_clear();
+        drop(progress);
         let result = self.workspace.write_policy(&mut self.policy, out)?;
         let summary = Summary {
             result,
@@ -331,12 +355,15 @@ impl Training<'_> {
         prompts: &[&Prompt],
         credit: &mut RolloutCredit,
         log: &mut StepLog,
+        progress: &Progress,
     ) -> Result<GrpoMetrics> {
         let (config, tokenizer) = (self.config, &self.workspace.tokenizer);
+        progress.phase("generation");
         let (rollouts, stats) = self.clock.generation(|| {
             self.sampler
                 .sample(&mut self.policy, prompts, tokenizer, step)
         })?;
+        progress.phase("scoring");
         let scores = self
             .clock
             .scoring(|| self.scorer.score(prompts, &rollouts))?;
@@ -407,6 +434,7 @@ impl Training<'_> {
                 .schedule
                 .factor(step - 1, steps, optimizer.warmup_steps);
         let mut updates = Updates::default();
+        progress.phase("update");
         self.clock.update(|| {
             for epoch in 0..grpo.update_epochs {
                 let later;

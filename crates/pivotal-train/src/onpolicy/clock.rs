@@ -37,6 +37,7 @@ pub struct Clock {
     step: [Duration; 3],
     total: [Duration; 3],
     tokens: u64,
+    last: Timings,
 }
 
 impl Clock {
@@ -53,6 +54,7 @@ impl Clock {
             step: [Duration::ZERO; 3],
             total: [Duration::ZERO; 3],
             tokens: 0,
+            last: Timings::default(),
         })
     }
 
@@ -98,7 +100,13 @@ impl Clock {
         line.push('\n');
         let written = self.file.write_all(line.as_bytes());
         written.map_err(|source| write_error(&self.path, source))?;
+        self.last = timings;
         Ok(timings)
+    }
+
+    /// Of the last step.
+    pub fn last(&self) -> Timings {
+        self.last
     }
 
     /// Of all steps that this process took.

@@ -2,8 +2,8 @@
 
 use pivotal_core::{Sign, TokenMask};
 use pivotal_credit::{
-    Credit, CreditConfig, CreditRule, CreditState, Cut, Diagnostics, Drift, Response,
-    ResponseCredit, Selection, Signal, Thresholds, TokenColumn, Weighting, increment, log_ratio,
+    Credit, CreditConfig, CreditRule, CreditState, Cut, Diagnostics, Response, ResponseCredit,
+    Selection, Signal, TokenColumn, Weighting, increment, log_ratio,
 };
 use pivotal_data::Tokenizer;
 use pivotal_kernels::account::{Part, time};
@@ -13,16 +13,14 @@ use super::sample::Rollout;
 use super::score::ResponseScore;
 use super::settings::{ScoreSettings, SignalSettings};
 use super::state::{from_state_text, state_text};
+use crate::diagnosis::{CreditNumbers, WarningSettings, Watch, WatchState};
 use crate::error::{Error, Result};
-
-/// Steps at either end of the run that drift compares.
-const DRIFT_STEPS: usize = 20;
 
 /// Credit over the batches of a run, with its diagnostics.
 #[derive(Debug)]
 pub struct RolloutCredit {
     credit: Credit,
-    drift: Drift,
+    watch: Watch,
     seed: u64,
 }
 
@@ -30,7 +28,7 @@ pub struct RolloutCredit {
 #[derive(Serialize, Deserialize)]
 struct State {
     credit: CreditState,
-    drift: Drift,
+    watch: WatchState,
 }
 
 /// What the signals and rules are made of, each `[rollouts][tokens]`. Empty lists are not known.
@@ -48,36 +46,6 @@ pub struct SignalInputs<'a> {
     pub advantages: &'a [Vec<f32>],
     /// The value model's value of the state before each token.
     pub critic: &'a [Vec<f32>],
-}
-
-/// One step's diagnostics (METHOD, section 9).
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct CreditNumbers {
-    /// Share of response tokens that the loss uses.
-    pub kept_fraction: f64,
-    /// The same of responses with a positive sign; absent without any.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub kept_fraction_positive: Option<f64>,
-    /// The same of those with a negative sign.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub kept_fraction_negative: Option<f64>,
-    /// Share of responses of which nothing is kept.
-    pub empty_mask_fraction: f64,
-    /// Segments a hundred tokens; absent where nothing was segmented, like all that follow.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub segments_per_100_tokens: Option<f64>,
-    /// Tokens of the median segment.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub segment_tokens_median: Option<f64>,
-    /// Share of responses that are one segment.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub single_segment_fraction: Option<f64>,
-    /// Share of segments whose sign is opposite to their response's.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub opposing_fraction: Option<f64>,
-    /// Warnings about the masks, in words.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub warnings: Vec<String>,
 }
 
 impl RolloutCredit {
@@ -106,15 +74,22 @@ impl RolloutCredit {
         Ok(match state {
             None => Self {
                 credit: Credit::new(rule, seed),
-                drift: Drift::new(DRIFT_STEPS),
+                watch: Watch::new(&WarningSettings::default(), None),
                 seed,
             },
-            Some(State { credit, drift }) => Self {
+            Some(State { credit, watch }) => Self {
                 credit: Credit::resume(rule, seed, credit)?,
-                drift,
+                watch: Watch::new(&WarningSettings::default(), Some(watch)),
                 seed,
             },
         })
+    }
+
+    /// The same with warnings under `settings`.
+    #[must_use]
+    pub fn with_warnings(mut self, settings: &WarningSettings) -> Self {
+        self.watch = self.watch.under(settings);
+        self
     }
 
     /// Checks before a run is made that the recipe can give what `config` asks for; `with_critic` says whether it has a value model.
@@ -190,7 +165,7 @@ impl RolloutCredit {
     pub fn state(&self) -> Result<String> {
         state_text(&State {
             credit: self.credit.state().clone(),
-            drift: self.drift.clone(),
+            watch: self.watch.state().clone(),
         })
     }
 
@@ -211,11 +186,7 @@ impl RolloutCredit {
     ) -> Result<(Option<Vec<ResponseCredit>>, CreditNumbers)> {
         let rule = self.credit.rule().clone();
         if rule.selection == Selection::All {
-            let numbers = CreditNumbers {
-                kept_fraction: 1.0,
-                ..CreditNumbers::default()
-            };
-            return Ok((None, numbers));
+            return Ok((None, CreditNumbers::keep_all()));
         }
         let signal = signals(&rule, rollouts, scores, inputs)?;
         let texts = match rule.needs_texts() {
@@ -262,23 +233,7 @@ impl RolloutCredit {
         for (index, credit) in given.iter().enumerate() {
             diagnostics.observe(credit, None, column(old_logps, index))?;
         }
-        let report = diagnostics.report();
-        self.drift.push(report.opposing_fraction);
-        let thresholds = Thresholds::default();
-        let warnings = thresholds.warnings(&report, rule);
-        let drift = thresholds.drift_warning(&self.drift);
-        let warnings = warnings.iter().chain(&drift).map(ToString::to_string);
-        Ok(CreditNumbers {
-            kept_fraction: report.kept_fraction,
-            kept_fraction_positive: report.positive.map(|side| side.kept_fraction),
-            kept_fraction_negative: report.negative.map(|side| side.kept_fraction),
-            empty_mask_fraction: report.empty_mask_fraction,
-            segments_per_100_tokens: Some(report.segments_per_100_tokens),
-            segment_tokens_median: Some(report.segment_tokens_median),
-            single_segment_fraction: Some(report.single_segment_fraction),
-            opposing_fraction: Some(report.opposing_fraction),
-            warnings: warnings.collect(),
-        })
+        Ok(self.watch.credit(&diagnostics, rule))
     }
 }
 

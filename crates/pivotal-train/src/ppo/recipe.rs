@@ -17,16 +17,17 @@ use super::update::{
     value_gradients,
 };
 use crate::checkpoint;
+use crate::diagnosis::{CreditNumbers, WarningFlags, WarningSettings};
 use crate::error::{Error, Result};
 use crate::onpolicy::{
-    Clock, CreditNumbers, Cutting, EvalFlags, EvalSettings, Evaluation, Evaluator, Layout,
-    Minibatch, Prompt, PromptFlags, PromptSettings, ResponseScore, Rollout, RolloutCredit,
-    RolloutFlags, RolloutRecord, RolloutSettings, Sampler, ScoreFlags, ScoreSettings, Scorer,
-    SignalFlags, SignalInputs, SignalSettings, StepLog, Timings, from_state_text, gap, masks,
-    read_prompts, state_text,
+    Clock, Cutting, EvalFlags, EvalSettings, Evaluation, Evaluator, Layout, Minibatch, Prompt,
+    PromptFlags, PromptSettings, ResponseScore, Rollout, RolloutCredit, RolloutFlags,
+    RolloutRecord, RolloutSettings, Sampler, ScoreFlags, ScoreSettings, Scorer, SignalFlags,
+    SignalInputs, SignalSettings, StepLog, Timings, from_state_text, gap, masks, read_prompts,
+    state_text,
 };
 use crate::optimizer::{GradientSum, NamedAdamW};
-use crate::progress;
+use crate::progress::{Progress, StepNumbers};
 use crate::run::{Run, StartMode, manifest};
 use crate::score::ResponseValues;
 use crate::settings::{
@@ -61,6 +62,8 @@ recipe! {
         signal: SignalSettings, SignalFlags;
         /// `[credit]`
         credit: CreditConfig, CreditFlags;
+        /// `[warnings]`
+        warnings: WarningSettings, WarningFlags;
     }
 }
 
@@ -176,7 +179,7 @@ pub fn train(config: &PpoConfig, mode: StartMode) -> Result<Summary> {
     let has_reward_model = scorer.reward_model().is_some();
     let training = Training {
         config,
-        credit: RolloutCredit::new(&config.credit, seed, "")?,
+        credit: RolloutCredit::new(&config.credit, seed, "")?.with_warnings(&config.warnings),
         shaper: Shaper::new(&config.ppo, &rule, has_reward_model, seed, None)?,
         reference: workspace.decoder.detached(),
         workspace: &workspace,
@@ -199,6 +202,7 @@ fn check(config: &PpoConfig) -> Result<()> {
     config.score.check()?;
     config.signal.check()?;
     config.ppo.check()?;
+    config.warnings.check()?;
     if config.optimizer.batch != OptimizerSettings::default().batch {
         return Err(Error::Setting {
             key: "batch",
@@ -288,20 +292,32 @@ impl Training<'_> {
         let lengths = vec![1; self.prompts.len()];
         let batches = Batcher::new(lengths, batching, Cursor::default())?;
         let steps = config.optimizer.total_steps(batches.batches_per_epoch());
-        let bar = progress::bar("ppo", steps);
-        bar.set_position(start);
+        let progress = Progress::start("ppo", start..steps, config.run.progress);
         let mut last: PpoMetrics = self.run.last()?.unwrap_or_default();
         let every = config.run.checkpoint_every;
+        progress.phase("evaluation");
         self.evaluate(start, steps)?;
         for (step, batch) in (start + 1..=steps).zip(batches.skip(start as usize)) {
             let prompts = self.prompts;
             let prompts: Vec<&Prompt> = batch.items.iter().map(|&item| &prompts[item]).collect();
-            last = self.step(step, steps, &prompts, &mut log)?;
+            last = self.step(step, steps, &prompts, &mut log, &progress)?;
             self.run.log(step, &last)?;
+            let timings = self.clock.last();
+            let numbers = StepNumbers {
+                loss: last.update.policy_loss,
+                score: Some(last.experience.score),
+                kl: Some(last.experience.kl_k3),
+                kept_fraction: Some(last.credit.kept_fraction),
+                segments_per_100_tokens: last.credit.segments_per_100_tokens,
+                grad_norm: last.grad_norm,
+                lr: last.lr,
+                tokens: timings.sampled_tokens as usize,
+                timings: Some(timings),
+                ..StepNumbers::default()
+            };
+            progress.step(step, numbers, &last.credit.warnings);
+            progress.phase("evaluation");
             self.evaluate(step, steps)?;
-            bar.set_position(step);
-            let (score, kl) = (last.experience.score, last.experience.kl_k3);
-            bar.set_message(format!("score {score:.3} kl {kl:.4}"));
             if step == steps || (every > 0 && step % every == 0) {
                 self.run.sync()?;
                 log.sync()?;
@@ -312,7 +328,7 @@ impl Training<'_> {
                 checkpoint::save_more(out, step, &mut self.models, &self.optimizer, &state)?;
             }
         }
-        bar.finish_and_clear();
+        drop(progress);
         let result = self.workspace.write_policy(&mut self.models.policy, out)?;
         let value = &mut self.models.value;
         let value_model = self
@@ -337,7 +353,8 @@ impl Training<'_> {
             let (config, seed) = (self.config, self.config.run.seed);
             let rule = config.credit.resolve()?;
             let has_reward_model = self.scorer.reward_model().is_some();
-            self.credit = RolloutCredit::new(&config.credit, seed, &credit)?;
+            self.credit =
+                RolloutCredit::new(&config.credit, seed, &credit)?.with_warnings(&config.warnings);
             self.shaper = Shaper::new(&config.ppo, &rule, has_reward_model, seed, Some(shaper))?;
         }
         Ok(step)
@@ -357,12 +374,15 @@ impl Training<'_> {
         steps: u64,
         prompts: &[&Prompt],
         log: &mut StepLog,
+        progress: &Progress,
     ) -> Result<PpoMetrics> {
         let (config, tokenizer) = (self.config, &self.workspace.tokenizer);
+        progress.phase("generation");
         let (rollouts, stats) = self.clock.generation(|| {
             self.sampler
                 .sample(&mut self.models.policy, prompts, tokenizer, step)
         })?;
+        progress.phase("scoring");
         let scores = self
             .clock
             .scoring(|| self.scorer.score(prompts, &rollouts))?;
@@ -413,6 +433,7 @@ impl Training<'_> {
             activations: optimizer.activations,
             step,
         };
+        progress.phase("update");
         self.clock.update(|| {
             for epoch in 0..config.ppo.update_epochs {
                 let later;

@@ -10,7 +10,7 @@ use super::{RewardMetrics, optimize};
 use crate::checkpoint;
 use crate::error::Result;
 use crate::optimizer::NamedAdamW;
-use crate::progress;
+use crate::progress::{Progress, StepNumbers};
 use crate::run::{Run, StartMode, manifest};
 use crate::settings::{
     DataFlags, DataSettings, LoraFlags, LoraSettings, ModelFlags, ModelSettings, OptimizerFlags,
@@ -111,8 +111,7 @@ pub fn train(config: &RewardConfig, mode: StartMode) -> Result<Summary> {
     let batches = Batcher::new(vec![1; pairs.len()], batching, Cursor::default())?;
     let steps = config.optimizer.total_steps(batches.batches_per_epoch());
     let batches = batches.skip(start as usize).map(|batch| batch.items);
-    let bar = progress::bar("reward", steps);
-    bar.set_position(start);
+    let progress = Progress::start("reward", start..steps, config.run.progress);
     let mut last: RewardMetrics = run.last()?.unwrap_or_default();
     let every = config.run.checkpoint_every;
     optimize(
@@ -125,11 +124,15 @@ pub fn train(config: &RewardConfig, mode: StartMode) -> Result<Summary> {
         start..steps,
         &mut |step, metrics, model, optimizer| {
             run.log(step, &metrics)?;
-            bar.set_position(step);
-            bar.set_message(format!(
-                "loss {:.4} accuracy {:.2}",
-                metrics.loss, metrics.accuracy
-            ));
+            let numbers = StepNumbers {
+                loss: metrics.loss,
+                accuracy: Some(metrics.accuracy),
+                grad_norm: metrics.grad_norm,
+                lr: metrics.lr,
+                tokens: metrics.tokens,
+                ..StepNumbers::default()
+            };
+            progress.step(step, numbers, &[]);
             last = metrics;
             match step == steps || (every > 0 && step % every == 0) {
                 true => {
@@ -140,7 +143,7 @@ pub fn train(config: &RewardConfig, mode: StartMode) -> Result<Summary> {
             }
         },
     )?;
-    bar.finish_and_clear();
+    drop(progress);
     let result = workspace.write_reward_model(&mut model, out)?;
     let summary = Summary {
         result,

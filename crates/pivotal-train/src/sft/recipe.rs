@@ -13,7 +13,7 @@ use super::{SftMetrics, optimize};
 use crate::checkpoint;
 use crate::error::Result;
 use crate::optimizer::NamedAdamW;
-use crate::progress;
+use crate::progress::{Progress, StepNumbers};
 use crate::run::{Run, StartMode, manifest};
 use crate::settings::{
     DataFlags, DataSettings, LoraFlags, LoraSettings, ModelFlags, ModelSettings, OptimizerFlags,
@@ -134,8 +134,7 @@ pub fn train(config: &SftConfig, mode: StartMode) -> Result<Summary> {
             .map(|&index| items[index].clone())
             .collect()
     });
-    let bar = progress::bar("sft", steps);
-    bar.set_position(start);
+    let progress = Progress::start("sft", start..steps, config.run.progress);
     let mut last: SftMetrics = run.last()?.unwrap_or_default();
     let every = config.run.checkpoint_every;
     optimize(
@@ -146,8 +145,14 @@ pub fn train(config: &SftConfig, mode: StartMode) -> Result<Summary> {
         start..steps,
         &mut |step, metrics, policy, optimizer| {
             run.log(step, &metrics)?;
-            bar.set_position(step);
-            bar.set_message(format!("loss {:.4}", metrics.loss));
+            let numbers = StepNumbers {
+                loss: metrics.loss,
+                grad_norm: metrics.grad_norm,
+                lr: metrics.lr,
+                tokens: metrics.tokens,
+                ..StepNumbers::default()
+            };
+            progress.step(step, numbers, &[]);
             last = metrics;
             match step == steps || (every > 0 && step % every == 0) {
                 true => {
@@ -158,7 +163,7 @@ pub fn train(config: &SftConfig, mode: StartMode) -> Result<Summary> {
             }
         },
     )?;
-    bar.finish_and_clear();
+    drop(progress);
     let result = workspace.write_policy(&mut policy, out)?;
     let responses = items.len();
     let summary = Summary {

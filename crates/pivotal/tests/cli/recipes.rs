@@ -173,14 +173,24 @@ fn keeping_everything_is_plain_dpo_bit_for_bit() {
     scratch.good(&format!(
         "{common} --signals r.jsonl --credit-selection all --out masked"
     ));
-    for file in ["metrics.jsonl", "adapter/adapter_model.safetensors"] {
-        let read = |run: &str| std::fs::read(scratch.path(run).join(file)).unwrap();
-        assert!(read("plain") == read("masked"), "{file}");
-    }
+    let adapter = |run: &str| {
+        std::fs::read(scratch.path(run).join("adapter/adapter_model.safetensors")).unwrap()
+    };
+    assert!(adapter("plain") == adapter("masked"));
     assert!(
         scratch.path("masked/credit.jsonl").is_file(),
         "the signal was segmented"
     );
+    // The masked run also tells of its segments; what both tell is the same.
+    let metrics = |run: &str| scratch.read(&format!("{run}/metrics.jsonl"));
+    let (plain, masked) = (metrics("plain"), metrics("masked"));
+    assert_eq!(plain.lines().count(), masked.lines().count());
+    for (plain, masked) in plain.lines().map(json).zip(masked.lines().map(json)) {
+        assert!(masked["segments_per_100_tokens"].is_number(), "{masked}");
+        for (key, value) in plain.as_object().unwrap() {
+            assert_eq!(*value, masked[key], "{key}");
+        }
+    }
 }
 
 #[test]

@@ -31,6 +31,36 @@ fn a_resumed_run_is_the_uninterrupted_one_bit_for_bit() {
 }
 
 #[test]
+fn a_resumed_run_with_credit_remembers_how_it_drifted() {
+    let scratch = Scratch::new();
+    let common = "dpo --model MODEL --data pairs.jsonl --lora-rank 4";
+    scratch.good(&format!("{common} --credit-selection all --out oracle"));
+    scratch.good("annotate --model MODEL --data pairs.jsonl --oracle oracle --records r.jsonl");
+    let run = format!(
+        "{common} --signals r.jsonl --batch 1 --epochs 3 --checkpoint-every 3 --drift-steps 3 \
+         --dropped-every 4 --tensorboard true"
+    );
+    scratch.good(&format!("{run} --out whole"));
+    scratch.good(&format!("{run} --out cut"));
+    cut(&scratch, "cut");
+    scratch.good("dpo --resume cut");
+    assert!(files(&scratch, "whole") == files(&scratch, "cut"));
+    let metrics = scratch.read("whole/metrics.jsonl");
+    let has = |key: &str| -> Vec<u64> {
+        let lines = metrics
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap());
+        lines
+            .filter(|line: &serde_json::Value| line[key].is_number())
+            .map(|line| line["step"].as_u64().unwrap())
+            .collect()
+    };
+    assert_eq!(has("opposing_drift"), (6..=12).collect::<Vec<_>>());
+    assert!(has("chosen_dropped_shift").iter().all(|step| step % 4 == 1));
+    assert_eq!(has("pivots_per_response").len(), 12);
+}
+
+#[test]
 fn a_damaged_checkpoint_gives_way_to_the_one_before_it() {
     let scratch = Scratch::new();
     scratch.good(&format!("{RUN} --out whole"));
