@@ -22,10 +22,16 @@ use crate::optimizer::GradientSum;
 use crate::settings::OptimizerSettings;
 use crate::sft::{self, SftMetrics};
 
+mod check;
 mod choose;
+mod recipe;
+mod round;
 mod settings;
+mod state;
 
 pub use choose::{AcceptRule, Candidate, Dedupe, Verdict, choose_accepted};
+pub use recipe::{RejectConfig, RejectMetrics, RejectRunFlags, Summary, train};
+pub use round::RoundNumbers;
 pub use settings::{MinScore, RejectFlags, RejectSettings};
 
 /// An accepted response, as the update sees it.

@@ -14,6 +14,8 @@ mod output;
 mod ppo;
 #[path = "cli/recipes.rs"]
 mod recipes;
+#[path = "cli/reject.rs"]
+mod reject;
 #[path = "cli/resume.rs"]
 mod resume;
 
