@@ -57,11 +57,6 @@ fn files(scratch: &Scratch, run: &str) -> Vec<Vec<u8>> {
     .into()
 }
 
-fn numbers(value: &Value) -> Vec<u64> {
-    let list = value.as_array().unwrap().iter();
-    list.map(|one| one.as_u64().unwrap()).collect()
-}
-
 #[test]
 fn the_best_of_each_prompt_are_accepted_and_every_sample_is_written_down() {
     let scratch = with_reward_model();
@@ -163,7 +158,7 @@ fn one_round_that_keeps_every_token_is_sft_on_what_it_accepted_bit_for_bit() {
     // Responses that text gives back: printable, and ended by themselves, for `sft` puts an end to each.
     let shared = "--model MODEL --lora-rank 4 --lr 0.01 --batch 4 --epochs 2 --seed 5";
     scratch.good(&format!(
-        "reject {shared} --data bare.jsonl --prompts 9 --samples 48 --max-new-tokens 24 --best 6 \
+        "reject {shared} --data bare.jsonl --prompts 9 --samples 256 --max-new-tokens 24 --best 6 \
          --regex ^[!-;=?-~]+$ --missing-eos-penalty 1 --min-score 1 --credit-selection all --out ours"
     ));
     let accepted = lines(&scratch, "ours/accepted.jsonl");
@@ -213,7 +208,7 @@ fn one_round_that_keeps_every_token_is_sft_on_what_it_accepted_bit_for_bit() {
     }
     // One response to each prompt: nothing is shared, and every bit is the same.
     scratch.good(&format!(
-        "reject {shared} --data bare.jsonl --prompts 9 --samples 48 --max-new-tokens 24 --best 1 \
+        "reject {shared} --data bare.jsonl --prompts 9 --samples 256 --max-new-tokens 24 --best 1 \
          --regex ^[!-;=?-~]+$ --missing-eos-penalty 1 --min-score 1 --credit-selection all \
          --out ours --overwrite"
     ));
@@ -418,7 +413,7 @@ fn conversations_are_accepted_as_conversations() {
             std::fs::copy(file.path(), model.join(file.file_name())).unwrap();
         }
     }
-    let template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}|{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
+    let template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% else %}|{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
     std::fs::write(model.join("chat_template.jinja"), template).unwrap();
     scratch.write(
         "chat.jsonl",
