@@ -1,9 +1,9 @@
 //! Recipes that align a language model with segment-level credit.
 //!
-//! Each recipe is a function that reads top to bottom: load, tokenise, give credit, step, write. [`dpo`], [`sft`] and
-//! [`reward`] train; [`annotate`] scores every token of a data set. What they share are functions: the [`optimizer`]
-//! over named parameters, the [`run`] directory, [`score`] for everything that needs no gradient, [`diagnosis`] of what
-//! credit did.
+//! Each recipe is a function that reads top to bottom: load, tokenise, give credit, step, write. [`sft`], [`reward`], [`dpo`],
+//! [`reject`], [`grpo`] and [`ppo`] train; [`annotate`] scores every token of a data set. What they share are functions:
+//! the [`optimizer`] over named parameters, the [`run`] directory, [`score`] for everything that needs no gradient,
+//! [`diagnosis`] of what credit did.
 
 mod activations;
 pub mod annotate;
@@ -19,6 +19,7 @@ pub mod optimizer;
 pub mod ppo;
 mod progress;
 pub mod reference;
+pub mod reject;
 pub mod reward;
 pub mod run;
 mod schedule;

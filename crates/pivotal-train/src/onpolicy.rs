@@ -28,6 +28,7 @@ pub use credit::{RolloutCredit, SignalInputs, masks};
 pub use evaluation::{Evaluation, Evaluator};
 pub use layout::{Cutting, Layout, MicroBatch, Minibatch, SamplingGap, gap};
 pub use prompts::{Prompt, read_prompts};
+pub(crate) use record::finish_name;
 pub use record::{RolloutRecord, StepLog};
 pub use sample::{Rollout, Sampler, groups_of};
 pub use score::{ResponseScore, Scorer};

@@ -369,9 +369,14 @@ fn wants_events(config: &impl Serialize) -> bool {
 }
 
 pub(crate) fn step_of(line: &str) -> Option<u64> {
+    count_of(line, "step")
+}
+
+/// The whole number under `key` in a line of JSON.
+pub(crate) fn count_of(line: &str, key: &str) -> Option<u64> {
     serde_json::from_str::<serde_json::Value>(line)
         .ok()?
-        .get("step")?
+        .get(key)?
         .as_u64()
 }
 

@@ -282,7 +282,7 @@ table! {
         /// Activations kept for the backward pass: keep, recompute, or a size such as 512MiB.
         /// What is not kept is computed again, layer by layer: more time, less memory, the same gradients.
         "activations" activations: Activations = Activations::Keep,
-        /// Passes over the data.
+        /// Passes over the data; of reject over the accepted responses of each round.
         "epochs" epochs: u64 = 1,
         /// Optimizer steps; 0 takes as many as the epochs need.
         "steps" steps: u64 = 0,

@@ -52,6 +52,8 @@ enum Command {
     Annotate(recipes::Annotate),
     /// Direct preference optimization on the segments that credit keeps.
     Dpo(recipes::Dpo),
+    /// Rejection sampling: learn from the kept segments of the best of several sampled responses, round by round.
+    Reject(Box<recipes::Reject>),
     /// Group-relative policy optimization (GRPO, RLOO) on sampled responses that checks or a reward model score.
     Grpo(Box<recipes::Grpo>),
     /// Proximal policy optimization on sampled responses, with a value model and segment credit.
@@ -87,6 +89,7 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Reward(command) => command.run(),
         Command::Annotate(command) => command.run(),
         Command::Dpo(command) => command.run(),
+        Command::Reject(command) => command.run(),
         Command::Grpo(command) => command.run(),
         Command::Ppo(command) => command.run(),
         Command::Generate(command) => command.run(),

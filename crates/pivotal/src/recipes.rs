@@ -7,6 +7,7 @@ use pivotal_train::annotate::{AnnotateConfig, AnnotateRunFlags};
 use pivotal_train::dpo::{DpoConfig, DpoRunFlags};
 use pivotal_train::grpo::{GrpoConfig, GrpoRunFlags};
 use pivotal_train::ppo::{PpoConfig, PpoRunFlags};
+use pivotal_train::reject::{RejectConfig, RejectRunFlags};
 use pivotal_train::reward::{RewardConfig, RewardRunFlags};
 use pivotal_train::sft::{SftConfig, SftFlags};
 use pivotal_train::{Result as TrainResult, StartMode, read_config, show_config};
@@ -110,6 +111,10 @@ recipe_command!(
     Dpo, DpoConfig, DpoRunFlags, pivotal_train::dpo::train, say_dpo
 );
 recipe_command!(
+    /// `pivotal reject`.
+    Reject, RejectConfig, RejectRunFlags, pivotal_train::reject::train, say_reject
+);
+recipe_command!(
     /// `pivotal grpo`.
     Grpo, GrpoConfig, GrpoRunFlags, pivotal_train::grpo::train, say_grpo
 );
@@ -145,6 +150,14 @@ impl Annotate {
 
 fn say_dpo(summary: &pivotal_train::dpo::Summary) -> Result<(), Failure> {
     warn(&summary.warnings);
+    say(summary)
+}
+
+fn say_reject(summary: &pivotal_train::reject::Summary) -> Result<(), Failure> {
+    if summary.accepted == 0 {
+        warn(&["no response was accepted: nothing was learnt".to_owned()]);
+    }
+    warn(&summary.last_round.credit.warnings);
     say(summary)
 }
 

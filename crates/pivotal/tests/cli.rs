@@ -16,6 +16,8 @@ mod ppo;
 mod progress;
 #[path = "cli/recipes.rs"]
 mod recipes;
+#[path = "cli/reject.rs"]
+mod reject;
 #[path = "cli/resume.rs"]
 mod resume;
 

@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::sample::Rollout;
 use super::score::ResponseScore;
 use crate::error::Result;
-use crate::run::{step_of, write_error};
+use crate::run::{count_of, write_error};
 
 /// One line of `rollouts.jsonl`. Lists are `[tokens]`; empty where a recipe did not need the number.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -37,6 +37,12 @@ pub struct RolloutRecord<'a> {
     /// The reward model's score.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reward: Option<f32>,
+    /// Whether rejection sampling learns from it; absent elsewhere, as is why.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accepted: Option<bool>,
+    /// Why, or why not: accepted, empty, duplicate, below_minimum or outranked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verdict: Option<&'static str>,
     /// Its advantage, where it is one number.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub advantage: Option<f32>,
@@ -70,11 +76,7 @@ impl<'a> RolloutRecord<'a> {
             id: rollout.id,
             sample: rollout.sample,
             text: &rollout.text,
-            finish: match rollout.finish {
-                Finish::Eos => "eos",
-                Finish::Stop => "stop",
-                Finish::Length => "length",
-            },
+            finish: finish_name(rollout.finish),
             token_ids: &rollout.token_ids,
             score: score.total,
             checks: score.checks,
@@ -96,6 +98,15 @@ impl<'a> RolloutRecord<'a> {
     }
 }
 
+/// Why a response ends, as records name it.
+pub(crate) fn finish_name(finish: Finish) -> &'static str {
+    match finish {
+        Finish::Eos => "eos",
+        Finish::Stop => "stop",
+        Finish::Length => "length",
+    }
+}
+
 /// A file of JSON lines that know their step, and that can be taken back to an earlier one.
 #[derive(Debug)]
 pub struct StepLog {
@@ -109,13 +120,25 @@ impl StepLog {
     /// # Errors
     /// [`crate::Error::File`].
     pub fn open(run: &Path, name: &str, step: u64) -> Result<Self> {
+        Self::open_counted(run, name, "step", step)
+    }
+
+    /// [`StepLog::open`] of lines that know their round: it is their `round` that counts.
+    ///
+    /// # Errors
+    /// [`crate::Error::File`].
+    pub fn open_rounds(run: &Path, name: &str, round: u64) -> Result<Self> {
+        Self::open_counted(run, name, "round", round)
+    }
+
+    fn open_counted(run: &Path, name: &str, key: &str, last: u64) -> Result<Self> {
         let path = run.join(name);
         if path.exists() {
             let bytes = read_file(&path)?;
             let text = String::from_utf8_lossy(&bytes);
             let kept: String = text
                 .lines()
-                .filter(|line| step_of(line).is_some_and(|logged| logged <= step))
+                .filter(|line| count_of(line, key).is_some_and(|logged| logged <= last))
                 .flat_map(|line| [line, "\n"])
                 .collect();
             write_atomic(&path, kept.as_bytes())?;
@@ -125,7 +148,7 @@ impl StepLog {
         Ok(Self { path, file })
     }
 
-    /// Adds lines; each must have a `step`.
+    /// Adds lines; each must have the `step`, or `round`, that the file goes by.
     ///
     /// # Errors
     /// [`crate::Error::File`] if the disk is full.
@@ -137,6 +160,16 @@ impl StepLog {
         }
         let written = self.file.write_all(&lines);
         written.map_err(|source| write_error(&self.path, source))
+    }
+
+    /// The last line, if any.
+    ///
+    /// # Errors
+    /// [`crate::Error::File`].
+    pub fn last_line(&self) -> Result<Option<String>> {
+        let bytes = read_file(&self.path)?;
+        let text = String::from_utf8_lossy(&bytes);
+        Ok(text.lines().last().map(str::to_owned))
     }
 
     /// Writes what was added to the disk: before a checkpoint that counts on it.

@@ -35,13 +35,13 @@ table! {
 table! {
     /// Sampling of responses.
     pub struct RolloutSettings, RolloutFlags {
-        /// Prompts in a step.
+        /// Prompts in a step, or round.
         "prompts" prompts: usize = 8,
         /// Responses to each prompt.
         "samples" samples: usize = 8,
         /// The longest response, in tokens.
         "max-new-tokens" max_new_tokens: usize = 64,
-        /// Divides the logits, in sampling and in the update; above 0.
+        /// Divides the logits, in sampling and in the update (of reject in sampling alone); above 0.
         "temperature" temperature: f64 = 1.0,
         /// Only this many of the most probable tokens; 0 takes all.
         "top-k" top_k: usize = 0,
@@ -96,7 +96,7 @@ table! {
     pub struct EvalSettings, EvalFlags {
         /// A JSONL file of prompts as `data`; none if empty.
         "eval-data" path: PathBuf = PathBuf::new(),
-        /// Steps between evaluations, beside those before the first and after the last; 0 has these two only.
+        /// Steps, or rounds, between evaluations, beside those before the first and after the last; 0 has these two only.
         "eval-every" every: u64 = 0,
     }
 }
