@@ -271,6 +271,7 @@ pub(crate) fn train(
         loss: PreferenceLoss::Dpo,
         beta: settings.beta,
         normalisation: Normalisation::Sum,
+        reference: None,
     };
     let optimizer_settings = OptimizerSettings {
         lr: settings.lr,

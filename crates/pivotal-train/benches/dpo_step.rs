@@ -109,6 +109,7 @@ fn step(bencher: Bencher, lora: bool, kept: f64) {
         loss: PreferenceLoss::Dpo,
         beta: 0.1,
         normalisation: Normalisation::Sum,
+        reference: None,
     };
     bencher
         .counter(ItemsCount::new(

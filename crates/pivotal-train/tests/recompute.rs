@@ -144,6 +144,7 @@ fn of_dpo() {
         loss: PreferenceLoss::Dpo,
         beta: 0.1,
         normalisation: Normalisation::Sum,
+        reference: None,
     };
     compare(
         |policy| policy,

@@ -44,6 +44,7 @@ pub(crate) fn measure(bench: &Bench, count: usize) -> Result<(Steps, Outcome), F
         loss: PreferenceLoss::Dpo,
         beta: 0.1,
         normalisation: Normalisation::Sum,
+        reference: None,
     };
     let settings = optimizer_settings(&bench.settings);
     let mut policy = bench.subject.policy(lora_rank)?;

@@ -241,6 +241,7 @@ impl Task for Training {
             loss: PreferenceLoss::Dpo,
             beta: 0.1,
             normalisation: Normalisation::Sum,
+            reference: None,
         };
         let batch: Vec<usize> = (0..items.len()).collect();
         optimize(
