@@ -23,7 +23,7 @@ mod state;
 pub use check::Check;
 pub use clock::{Clock, Timings};
 pub use command::CommandCheck;
-pub use credit::{CreditNumbers, RolloutCredit, SignalInputs, masks};
+pub use credit::{CreditNumbers, OracleLogps, RolloutCredit, SignalInputs, masks};
 pub use evaluation::{Evaluation, Evaluator};
 pub use layout::{Cutting, Layout, MicroBatch, Minibatch, SamplingGap, gap};
 pub use prompts::{Prompt, read_prompts};

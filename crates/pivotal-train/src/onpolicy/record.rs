@@ -109,13 +109,21 @@ impl StepLog {
     /// # Errors
     /// [`crate::Error::File`].
     pub fn open(run: &Path, name: &str, step: u64) -> Result<Self> {
+        Self::open_where(run, name, |logged| logged <= step)
+    }
+
+    /// Opens `name` of a run and forgets the steps for which `keep` does not say so, and a line that was torn.
+    ///
+    /// # Errors
+    /// [`crate::Error::File`].
+    pub fn open_where(run: &Path, name: &str, keep: impl Fn(u64) -> bool) -> Result<Self> {
         let path = run.join(name);
         if path.exists() {
             let bytes = read_file(&path)?;
             let text = String::from_utf8_lossy(&bytes);
             let kept: String = text
                 .lines()
-                .filter(|line| step_of(line).is_some_and(|logged| logged <= step))
+                .filter(|line| step_of(line).is_some_and(&keep))
                 .flat_map(|line| [line, "\n"])
                 .collect();
             write_atomic(&path, kept.as_bytes())?;
