@@ -7,6 +7,7 @@ the formula; what is transcribed names its source. Log-probabilities are in nats
 import torch
 import trl_losses
 from fixture import golden_directory, header, numbers, write_json
+from tdpo import tdpo_loss
 
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
@@ -216,15 +217,6 @@ def write_kto(directory) -> None:
     content = header("onpolicy.py", f"{trl_losses.KTO_METHOD}, loss_type kto, the mean over responses")
     content |= {"shapes": "one batch a case; ragged [responses][tokens]; mismatched_* [rows], summed", "cases": cases}
     write_json(directory / "kto.json", content)
-
-
-def tdpo_loss(chosen, rejected, chosen_kl, rejected_kl, beta: float, alpha):
-    """The authors' `tdpo_loss` (trainers.py), transcribed; alpha None is TDPO1."""
-    if alpha is None:
-        logits = chosen - rejected + chosen_kl - rejected_kl
-    else:
-        logits = chosen - rejected + alpha * (chosen_kl.detach() - rejected_kl)
-    return -torch.nn.functional.logsigmoid(beta * logits)
 
 
 def write_tdpo(directory) -> None:

@@ -1,6 +1,6 @@
 """Five optimizer steps of SFT, DPO and Bradley-Terry training on the tiny tied Llama, in float64.
 
-Writes crates/pivotal-train/tests/golden/: dpo_steps.json, sft_steps.json, reward_steps.json. Run tiny_models.py and
+Writes crates/pivotal-train/tests/golden/: dpo_steps.json, tdpo_steps.json, sft_steps.json, reward_steps.json. Run tiny_models.py and
 lora.py first. One batch of four fixed pairs a step, torch.optim.AdamW (learning rate constant, no weight decay, no
 gradient clipping), every parameter trained unless a table says otherwise. `losses[k]` is the loss before update k, so
 `losses` has one more entry than there are updates.
@@ -11,6 +11,7 @@ import trl_losses
 from fixture import golden_directory, header, numbers, write_json
 from float64 import load_float64, to_float64
 from peft import PeftModel
+from tdpo import tdpo_loss
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 torch.set_num_threads(1)
@@ -136,6 +137,49 @@ def dpo_table(keeps, adapter: bool):
     return run
 
 
+def response_distributions(model, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """Log-probabilities of the whole vocabulary before each response token, `[response, vocab]`."""
+    ids = torch.tensor([prompt + response])
+    return model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+
+
+def tdpo_table(keeps, adapter: bool, alpha):
+    """As `dpo_table`, with the authors' loss; `alpha` None is TDPO1. Also D of each response before each update."""
+    batch = pairs()
+
+    def run(dtype):
+        policy = load(dtype)
+        if adapter:
+            policy = with_adapter(policy, dtype)
+        reference_model = load(dtype)
+
+        def of_response(pair, side, keep):
+            logps = response_distributions(policy, pair["prompt"], pair[side])
+            with torch.no_grad():
+                reference = response_distributions(reference_model, pair["prompt"], pair[side])
+            tokens = torch.tensor(pair[side])[:, None]
+            mask = torch.tensor(keep[side], dtype=dtype)
+            log_ratio = (logps - reference).gather(-1, tokens)[:, 0]
+            kl = (reference.exp() * (reference - logps)).sum(-1)
+            return (log_ratio * mask).sum(), (kl * mask).sum()
+
+        divergences = []
+
+        def loss_of():
+            losses, kls = [], []
+            for pair, keep in zip(batch, keeps, strict=True):
+                (chosen, chosen_kl), (rejected, rejected_kl) = (of_response(pair, side, keep) for side in SIDES)
+                losses.append(tdpo_loss(chosen, rejected, chosen_kl, rejected_kl, BETA, alpha))
+                kls.append([chosen_kl.item(), rejected_kl.item()])
+            divergences.append([sum(side) / len(batch) for side in zip(*kls, strict=True)])
+            return torch.stack(losses).mean()
+
+        table = train(policy.parameters(), loss_of)
+        return table | {"mean_kls": [numbers(row) for row in divergences]}
+
+    return run
+
+
 def sft_table(keeps):
     batch = pairs()
 
@@ -227,6 +271,28 @@ def main() -> None:
         }
     content = header("training_tables.py", f"{trl_losses.DPO_METHOD}, torch.optim.AdamW, float64 (see float64.py)")
     write_json(directory / "dpo_steps.json", content | shared | {"beta": BETA, "tables": tables})
+
+    tables = {}
+    for name, keeps, adapter, alpha in (
+        ("tdpo1_unmasked", all_kept(), False, None),
+        ("tdpo1_masked", KEEPS, False, None),
+        ("tdpo2_masked", KEEPS, False, 0.5),
+        ("tdpo1_lora_masked", KEEPS, True, None),
+        ("tdpo2_lora_masked", KEEPS, True, 2.0),
+    ):
+        tables[name] = {
+            "trained": "the LoRA matrices of llama/adapter" if adapter else "every parameter",
+            "reference": "the base without the adapter" if adapter else "the start",
+            "alpha": alpha,
+            "keep": keeps,
+            **both_precisions(name, tdpo_table(keeps, adapter, alpha)),
+        }
+    content = header(
+        "training_tables.py",
+        "the authors' tdpo_loss (arXiv:2404.11999, trainers.py) over whole distributions, torch.optim.AdamW, float64",
+    )
+    content |= {"mean_kls": "before each update, [chosen, rejected]: sequential divergence over kept tokens, mean over pairs"}
+    write_json(directory / "tdpo_steps.json", content | shared | {"beta": BETA, "tables": tables})
 
     tables = {
         name: {"keep": keeps, **both_precisions(f"sft {name}", sft_table(keeps))}

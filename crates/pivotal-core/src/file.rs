@@ -43,6 +43,31 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
     sync_directory(path.parent().unwrap_or(Path::new("."))).map_err(fail)
 }
 
+/// Removes what writers that were killed left in `directory` and below it: the temporary files of [`write_atomic`].
+///
+/// A courtesy: what cannot be removed stays. No writer may be at work there.
+pub fn remove_temporaries(directory: &Path) {
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+        let path = entry.path();
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => remove_temporaries(&path),
+            Ok(kind) if kind.is_file() && is_temporary(&path) => {
+                let _ = std::fs::remove_file(&path);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Whether a file has the name that [`write_atomic`] gives it before it is whole: `<name>.<process>.tmp`.
+fn is_temporary(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str());
+    let process = name
+        .and_then(|name| name.strip_suffix(".tmp"))
+        .and_then(|name| name.rsplit_once('.'));
+    process.is_some_and(|(_, process)| process.parse::<u32>().is_ok())
+}
+
 /// Syncs a directory, so that a rename inside it survives a power cut.
 ///
 /// # Errors
@@ -156,6 +181,24 @@ mod tests {
         ));
         assert_eq!(std::fs::read(path.join("inside")).unwrap(), b"old");
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn temporaries_of_the_dead_are_removed_and_nothing_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let below = directory.path().join("below");
+        std::fs::create_dir(&below).unwrap();
+        let names = ["a.tmp", "b.12.tmp", "c.x.tmp", "d.12"];
+        for name in names {
+            std::fs::write(directory.path().join(name), name).unwrap();
+            std::fs::write(below.join(name), name).unwrap();
+        }
+        remove_temporaries(directory.path());
+        for name in names {
+            let kept = name != "b.12.tmp";
+            assert_eq!(directory.path().join(name).exists(), kept, "{name}");
+            assert_eq!(below.join(name).exists(), kept, "{name}");
+        }
     }
 
     #[test]

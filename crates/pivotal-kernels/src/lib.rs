@@ -54,6 +54,7 @@ mod small;
 mod swiglu;
 #[cfg(test)]
 mod testing;
+mod vocabulary_kl;
 
 pub use attention::{AttentionInput, attention_forward};
 pub use attention_backward::{AttentionGradients, AttentionSaved, attention_backward};
@@ -75,3 +76,4 @@ pub use processor::{Processor, limit_processor, processor};
 pub use rope::RopeTable;
 pub use rows::{argmax, log_sum_exp};
 pub use swiglu::{swiglu_backward, swiglu_forward, swiglu_joined_backward, swiglu_joined_forward};
+pub use vocabulary_kl::{HeadInput, VocabularyKl, vocabulary_kl_backward, vocabulary_kl_forward};

@@ -17,9 +17,9 @@ const TILE: usize = 1024;
 /// Rows of a tile, for the same reason.
 const TILE_ROWS: usize = 2048;
 /// Rows of a tile that one task reduces.
-const TASK_ROWS: usize = 16;
+pub(crate) const TASK_ROWS: usize = 16;
 /// A logit costs about this many multiply-adds: an exponential.
-const COST: usize = 8;
+pub(crate) const COST: usize = 8;
 
 /// The sizes of a vocabulary projection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,12 +172,10 @@ pub fn token_logps_backward(
                     n: shape.hidden,
                     k: tile.rows,
                 };
-                let range = tile.first_column * shape.hidden
-                    ..(tile.first_column + tile.columns) * shape.hidden;
                 matmul_tn(
                     logits,
                     rows,
-                    &mut dhead[range],
+                    &mut dhead[tile.head_range()],
                     product,
                     Store::Add,
                     precision,
@@ -202,15 +200,15 @@ pub(crate) fn check(hidden: &[f32], head: &[f32], targets: &[u32], shape: HeadSh
 
 /// A part of the logits.
 #[derive(Clone, Copy)]
-struct Tile {
+pub(crate) struct Tile {
     shape: HeadShape,
-    first_row: usize,
-    rows: usize,
+    pub(crate) first_row: usize,
+    pub(crate) rows: usize,
     first_column: usize,
-    columns: usize,
+    pub(crate) columns: usize,
 }
 
-fn for_each_tile(rows: usize, shape: HeadShape, mut body: impl FnMut(Tile)) {
+pub(crate) fn for_each_tile(rows: usize, shape: HeadShape, mut body: impl FnMut(Tile)) {
     for first_row in (0..rows).step_by(TILE_ROWS) {
         for first_column in (0..shape.vocab).step_by(TILE) {
             body(Tile {
@@ -225,12 +223,18 @@ fn for_each_tile(rows: usize, shape: HeadShape, mut body: impl FnMut(Tile)) {
 }
 
 impl Tile {
-    fn hidden<'a>(&self, hidden: &'a [f32]) -> &'a [f32] {
+    pub(crate) fn hidden<'a>(&self, hidden: &'a [f32]) -> &'a [f32] {
         &hidden[self.first_row * self.shape.hidden..][..self.rows * self.shape.hidden]
     }
 
-    fn head<'a>(&self, head: &'a [f32]) -> &'a [f32] {
-        &head[self.first_column * self.shape.hidden..][..self.columns * self.shape.hidden]
+    pub(crate) fn head<'a>(&self, head: &'a [f32]) -> &'a [f32] {
+        &head[self.head_range()]
+    }
+
+    /// Where the weights of its tokens lie in `[vocab, hidden]`.
+    pub(crate) fn head_range(&self) -> std::ops::Range<usize> {
+        let width = self.shape.hidden;
+        self.first_column * width..(self.first_column + self.columns) * width
     }
 
     /// The column of a target, if it lies in this tile.
@@ -240,7 +244,7 @@ impl Tile {
             .filter(|&column| column < self.columns)
     }
 
-    fn with_logits(
+    pub(crate) fn with_logits(
         &self,
         hidden: &[f32],
         head: &[f32],

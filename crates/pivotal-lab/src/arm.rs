@@ -272,6 +272,7 @@ pub(crate) fn train(
         beta: settings.beta,
         normalisation: Normalisation::Sum,
         dropped_every: 0,
+        reference: None,
     };
     let optimizer_settings = OptimizerSettings {
         lr: settings.lr,

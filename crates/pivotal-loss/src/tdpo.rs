@@ -9,8 +9,8 @@
 //! ```
 //!
 //! The recipe provides, besides DPO's log-probabilities, the divergence at each token: over the whole vocabulary, reference
-//! first, with the policy's gradient. [`token_forward_kl`] makes it from logits, which must then exist for both models. Both
-//! h and D go through [`kept_sums`](crate::kept_sums) with the same mask.
+//! first, with the policy's gradient: `pivotal_ops::vocabulary_kl` in tiles, or [`token_forward_kl`] from logits, which must then
+//! exist for both models. Both h and D go through [`kept_sums`](crate::kept_sums) with the same mask.
 //!
 //! Reference: the authors' code, `tdpo_loss` and `_tdpo_get_batch_logps` in `trainers.py`, transcribed in torch; value and
 //! gradient by log-probabilities, divergences and logits agree to 1e-12 in f64 (golden vectors `tdpo`).

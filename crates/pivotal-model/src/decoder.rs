@@ -147,6 +147,31 @@ impl Decoder {
         }
     }
 
+    /// KL(reference‖this) of the next-token distributions that predict the gathered tokens, over the whole vocabulary, in
+    /// nats; neither model's logits ever exist. The reference gets no gradient.
+    ///
+    /// # Shapes
+    /// `hidden` and `reference_hidden` `[tokens, hidden]` of [`Decoder::hidden`] of one pack; returns `[gathers]`.
+    ///
+    /// # Panics
+    /// If `gathers` points outside a hidden state, or the two decoders differ in shape.
+    pub fn vocabulary_kl(
+        &self,
+        hidden: &Tensor<2>,
+        reference: &Self,
+        reference_hidden: &Tensor<2>,
+        gathers: &[Gather],
+    ) -> Tensor<1> {
+        let rows = |hidden| self.rows(hidden, gathers.iter().map(|gather| gather.source));
+        pivotal_ops::vocabulary_kl(
+            rows(hidden),
+            self.head().clone(),
+            rows(reference_hidden),
+            reference.head().clone(),
+            self.precision,
+        )
+    }
+
     /// The logits of chosen tokens: for vocabularies and selections small enough to look at whole.
     ///
     /// # Shapes

@@ -51,6 +51,14 @@ pub(crate) trait FusedOps: Backend {
         precision: Precision,
     ) -> FloatTensor<Self>;
 
+    fn fused_vocabulary_kl(
+        hidden: FloatTensor<Self>,
+        head: FloatTensor<Self>,
+        reference_hidden: FloatTensor<Self>,
+        reference_head: FloatTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self>;
+
     fn fused_frozen_linears(x: FloatTensor<Self>, job: Arc<FrozenJob>) -> FloatTensor<Self>;
 
     fn fused_frozen_lora_linears(
@@ -122,6 +130,17 @@ impl FusedOps for Flex {
     ) -> FloatTensor<Self> {
         let (hidden, head) = (flex::contiguous(hidden), flex::contiguous(head));
         flex::token_logps::forward(&hidden, &head, &flex::token_ids(&targets), precision).0
+    }
+
+    fn fused_vocabulary_kl(
+        hidden: FloatTensor<Self>,
+        head: FloatTensor<Self>,
+        reference_hidden: FloatTensor<Self>,
+        reference_head: FloatTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        let sides = [hidden, head, reference_hidden, reference_head].map(flex::contiguous);
+        flex::vocabulary_kl::forward(&sides, precision).0
     }
 
     fn fused_frozen_linears(x: FloatTensor<Self>, job: Arc<FrozenJob>) -> FloatTensor<Self> {
@@ -202,6 +221,17 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         precision: Precision,
     ) -> FloatTensor<Self> {
         flex::token_logps::tracked::<C>(hidden, head, &targets, precision)
+    }
+
+    fn fused_vocabulary_kl(
+        hidden: FloatTensor<Self>,
+        head: FloatTensor<Self>,
+        reference_hidden: FloatTensor<Self>,
+        reference_head: FloatTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        let reference = [reference_hidden, reference_head];
+        flex::vocabulary_kl::tracked::<C>([hidden, head], reference, precision)
     }
 
     fn fused_frozen_linears(x: FloatTensor<Self>, job: Arc<FrozenJob>) -> FloatTensor<Self> {

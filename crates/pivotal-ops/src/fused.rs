@@ -202,6 +202,56 @@ pub fn token_logps(
     ))
 }
 
+/// KL(softmax(reference)‖softmax(policy)) of each row over the whole vocabulary, in nats, with the policy's gradient.
+///
+/// Exactly 0 where the two sides are the same. The reference gets no gradient; the head gets one where it is trained.
+///
+/// # Shapes
+/// `hidden` and `reference_hidden` `[rows, hidden]`, `head` and `reference_head` `[vocab, hidden]`; returns `[rows]`. No
+/// `[rows, vocab]` is ever held on Flex.
+///
+/// # Panics
+/// If the shapes do not fit.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use pivotal_ops::{Precision, vocabulary_kl};
+/// let tensor = |rows: [[f32; 1]; 2]| Tensor::<2>::from_floats(rows, &Device::flex());
+/// // The first row's policy says (¾, ¼) and the second row's (½, ½); the reference always (½, ½).
+/// let (head, hidden) = (tensor([[3f32.ln()], [0.0]]), tensor([[1.0], [0.0]]));
+/// let reference = tensor([[0.0], [0.0]]);
+/// let kl = vocabulary_kl(hidden, head.clone(), reference, head, Precision::F32);
+/// let kl: Vec<f32> = kl.try_into_vec_as().unwrap();
+/// assert!((kl[0] - 0.5 * (4f32 / 3.0).ln()).abs() < 1e-6);
+/// assert_eq!(kl[1], 0.0);
+/// ```
+pub fn vocabulary_kl(
+    hidden: Tensor<2>,
+    head: Tensor<2>,
+    reference_hidden: Tensor<2>,
+    reference_head: Tensor<2>,
+    precision: Precision,
+) -> Tensor<1> {
+    let ([rows, width], [vocab, head_width]) = (hidden.dims(), head.dims());
+    expect_dim("head", 1, head_width, width);
+    expect_dim("reference_hidden", 0, reference_hidden.dims()[0], rows);
+    expect_dim("reference_hidden", 1, reference_hidden.dims()[1], width);
+    expect_dim("reference_head", 0, reference_head.dims()[0], vocab);
+    expect_dim("reference_head", 1, reference_head.dims()[1], width);
+    let sides = [&hidden, &head, &reference_hidden, &reference_head];
+    if !sides.into_iter().all(fuses) {
+        return portable::vocabulary_kl(hidden, head, reference_hidden, reference_head);
+    }
+    Tensor::from_dispatch(Dispatch::fused_vocabulary_kl(
+        hidden.into_dispatch(),
+        head.into_dispatch(),
+        reference_hidden.into_dispatch(),
+        reference_head.into_dispatch(),
+        precision,
+    ))
+}
+
 /// Whether a kernel takes this tensor: on Flex, in `f32`.
 fn fuses<const D: usize>(tensor: &Tensor<D>) -> bool {
     let device = tensor.device();

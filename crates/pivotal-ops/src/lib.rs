@@ -1,4 +1,4 @@
-//! Six fused, differentiable operations of a Llama-shaped transformer on Burn tensors.
+//! Seven fused, differentiable operations of a Llama-shaped transformer on Burn tensors.
 //!
 //! | operation | what is fused |
 //! |---|---|
@@ -8,6 +8,7 @@
 //! | [`rope_attention`] | rotary embedding and attention over a tree-packed batch |
 //! | [`swiglu`] | `silu(gate) · up` |
 //! | [`token_logps`] | language model head, log-softmax and gather, without the logits |
+//! | [`vocabulary_kl`] | two heads, their softmax and the divergence between the two, without the logits |
 //!
 //! On Burn's processor backend (Flex, `f32`) each runs the kernels of `pivotal-kernels` and has a gradient written by
 //! hand. Everywhere else the same function is composed of Burn's own operations ([`portable`]) and Burn derives the
@@ -27,5 +28,6 @@ pub use device::{DeviceError, DeviceName, card};
 pub use frozen::{FrozenInput, FrozenLayer, FrozenLinears, LowRank};
 pub use fused::{
     linear, lora_linear, rms_norm, rope_attention, rope_attention_joined, swiglu, token_logps,
+    vocabulary_kl,
 };
 pub use pivotal_kernels::{Precision, Span as AttentionSpan};

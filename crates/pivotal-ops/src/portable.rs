@@ -1,8 +1,8 @@
-//! The six operations composed of Burn's own: for devices without fused kernels, and as the oracle of the fused ones.
+//! The operations composed of Burn's own: for devices without fused kernels, and as the oracle of the fused ones.
 //!
 //! Burn differentiates these itself. They take any float type and any device, always compute in the tensor's own
 //! precision (a model's is `f32`, whatever [`crate::Precision`] it asks for), and hold every intermediate in memory:
-//! [`token_logps`] holds `[rows, vocab]`, [`rope_attention`] three times `[heads, tokens, tokens]` a layer under autodiff.
+//! [`token_logps`] holds `[rows, vocab]`, [`vocabulary_kl`] several of them, [`rope_attention`] three times `[heads, tokens, tokens]` a layer under autodiff.
 
 use burn::tensor::{Int, Tensor, activation};
 
@@ -121,4 +121,22 @@ pub fn token_logps(hidden: Tensor<2>, head: Tensor<2>, targets: Tensor<1, Int>) 
     activation::log_softmax(logits, 1)
         .gather(1, targets.unsqueeze_dim(1))
         .squeeze_dim(1)
+}
+
+/// KL(softmax(reference)‖softmax(policy)) of each row over the whole vocabulary, in nats; the reference gets no gradient.
+///
+/// # Shapes
+/// `hidden` and `reference_hidden` `[rows, hidden]`, `head` and `reference_head` `[vocab, hidden]`; returns `[rows]`.
+pub fn vocabulary_kl(
+    hidden: Tensor<2>,
+    head: Tensor<2>,
+    reference_hidden: Tensor<2>,
+    reference_head: Tensor<2>,
+) -> Tensor<1> {
+    let logps = |hidden: Tensor<2>, head: Tensor<2>| {
+        activation::log_softmax(hidden.matmul(head.transpose()), 1)
+    };
+    let reference = logps(reference_hidden, reference_head).detach();
+    let log_ratio = reference.clone() - logps(hidden, head);
+    (reference.exp() * log_ratio).sum_dim(1).squeeze_dim(1)
 }

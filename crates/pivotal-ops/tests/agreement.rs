@@ -3,7 +3,7 @@
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use pivotal_ops::{
     AttentionLayout, AttentionSpan, Precision, linear, lora_linear, portable, rms_norm,
-    rope_attention, swiglu, token_logps,
+    rope_attention, swiglu, token_logps, vocabulary_kl,
 };
 
 /// Largest difference, relative to the largest element of the reference. Both sides sum in f32 in different orders.
@@ -300,6 +300,53 @@ fn token_logps_agrees() {
 }
 
 #[test]
+fn vocabulary_kl_agrees() {
+    for (rows, hidden, vocab) in [(1, 3, 2), (6, 17, 31), (70, 33, 1500)] {
+        // Far apart: the largest divergence is what both sides' differences are measured by.
+        let head = |seed| matrix(seed, vocab, hidden).mul_scalar(2.0);
+        let inputs = [matrix(16, rows, hidden).mul_scalar(2.0), head(17)];
+        let reference = (matrix(22, rows, hidden).mul_scalar(-2.0), head(23));
+        for (precision, tolerance) in PRECISIONS {
+            let (hidden, head) = reference.clone();
+            assert_agrees(
+                &format!("{rows} {vocab} {precision:?}"),
+                &inputs,
+                |i| {
+                    let (hidden, head) = (hidden.clone(), head.clone());
+                    vocabulary_kl(i[0].clone(), i[1].clone(), hidden, head, precision)
+                },
+                |i| {
+                    let (hidden, head) = reference.clone();
+                    portable::vocabulary_kl(i[0].clone(), i[1].clone(), hidden, head)
+                },
+                tolerance,
+            );
+        }
+    }
+}
+
+#[test]
+fn a_reference_on_the_tape_gets_no_gradient() {
+    let (hidden, head) = (matrix(16, 5, 3), matrix(17, 7, 3));
+    type Operation = fn([Tensor<2>; 4]) -> Tensor<1>;
+    let operations: [Operation; 2] = [
+        |[a, b, c, d]| vocabulary_kl(a, b, c, d, Precision::F32),
+        |[a, b, c, d]| portable::vocabulary_kl(a, b, c, d),
+    ];
+    for operation in operations {
+        let leaf = |tensor: &Tensor<2>| tensor.clone().detach().require_grad();
+        let reference = [leaf(&hidden).mul_scalar(2.0), leaf(&head)];
+        let policy = leaf(&hidden);
+        let [c, d] = reference.clone();
+        let grads = operation([policy.clone(), leaf(&head), c, d])
+            .sum()
+            .backward();
+        assert!(policy.grad(&grads).is_some());
+        assert!(reference.iter().all(|side| side.grad(&grads).is_none()));
+    }
+}
+
+#[test]
 fn token_ids_may_be_of_either_width() {
     let (hidden, head) = (matrix(18, 2, 3), matrix(19, 5, 3));
     let narrow = TensorData::new(vec![4i32, 0], [2]);
@@ -395,8 +442,14 @@ fn frozen_parents_get_no_gradient() {
         rms_norm(i[0].clone(), i[1].clone().squeeze_dim(0), 1e-5)
     });
     let ids = [5, 0, 3, 3, 1, 2, 4];
-    assert_frozen_parents_get_nothing(&[x, weight], |i| {
+    assert_frozen_parents_get_nothing(&[x.clone(), weight.clone()], |i| {
         token_logps(i[0].clone(), i[1].clone(), targets(&ids), precision)
+    });
+    // The reference is off the tape, as a recipe's is.
+    let reference = [matrix(24, 7, 5), matrix(25, 6, 5)].map(Tensor::inner);
+    assert_frozen_parents_get_nothing(&[x, weight], |i| {
+        let [hidden, head] = reference.clone();
+        vocabulary_kl(i[0].clone(), i[1].clone(), hidden, head, precision)
     });
     let layout = layout(&[span(0, 4, 0, 0), span(4, 3, 0, 4)], 2, 1, 4);
     let (q, k, v) = (matrix(9, 7, 8), matrix(10, 7, 4), matrix(11, 7, 4));

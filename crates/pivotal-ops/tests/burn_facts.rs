@@ -145,7 +145,7 @@ fn adamw_resumes_bit_for_bit_from_bytes() {
 }
 
 #[test]
-fn adamw_decays_before_it_steps_as_pytorch_does() {
+fn detail_23_adamw_decays_before_it_steps_as_pytorch_does() {
     let device = Device::flex().autodiff();
     let model = Tiny::new(&device);
     let before = floats(&model.weight.val());

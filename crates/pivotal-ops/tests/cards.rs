@@ -7,7 +7,7 @@
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use pivotal_ops::{
     AttentionLayout, AttentionSpan, DeviceError, DeviceName, Precision, linear, lora_linear,
-    rms_norm, rope_attention, swiglu, token_logps,
+    rms_norm, rope_attention, swiglu, token_logps, vocabulary_kl,
 };
 
 /// Largest difference, relative to the largest element on the processor. Both sides sum in f32 in different orders, and a
@@ -166,6 +166,23 @@ fn token_logps_agrees() {
                 let ids = TensorData::new(ids.clone(), [rows]);
                 let targets = Tensor::<1, Int>::from_data(ids, &device);
                 token_logps(i[0].clone(), i[1].clone(), targets, Precision::F32)
+            },
+        );
+    }
+}
+
+#[test]
+fn vocabulary_kl_agrees() {
+    for (rows, hidden, vocab) in [(1, 1, 2), (63, 17, 31), (70, 33, 1500)] {
+        let inputs = [host(16, rows, hidden, 1.0), host(17, vocab, hidden, 2.0)];
+        let reference = [host(22, rows, hidden, 1.0), host(23, vocab, hidden, 2.0)];
+        assert_agrees(
+            &format!("vocabulary_kl {rows} {hidden} {vocab}"),
+            &inputs,
+            |i| {
+                let device = i[0].device().without_autodiff();
+                let [hidden, head] = reference.each_ref().map(|side| side.on(&device));
+                vocabulary_kl(i[0].clone(), i[1].clone(), hidden, head, Precision::F32)
             },
         );
     }

@@ -110,6 +110,7 @@ fn step(bencher: Bencher, lora: bool, kept: f64) {
         beta: 0.1,
         normalisation: Normalisation::Sum,
         dropped_every: 0,
+        reference: None,
     };
     bencher
         .counter(ItemsCount::new(

@@ -76,11 +76,19 @@ pub(crate) fn save_more(
     std::fs::rename(&temporary, &path)
         .and_then(|()| sync_directory(&directory))
         .map_err(|source| write_error(&path, source))?;
-    let all = list(run);
-    for old in all.iter().rev().skip(KEPT) {
+    for old in list(run).iter().rev().skip(KEPT) {
         std::fs::remove_dir_all(old).map_err(|source| write_error(old, source))?;
     }
     Ok(())
+}
+
+/// Removes what a writer that was killed left: a checkpoint that was not finished, and older ones than are kept.
+fn tidy(run: &Path) {
+    // A courtesy: what stays takes room and harms nothing.
+    let _ = std::fs::remove_dir_all(run.join("checkpoints/.unfinished"));
+    for old in list(run).iter().rev().skip(KEPT) {
+        let _ = std::fs::remove_dir_all(old);
+    }
 }
 
 /// Puts the newest checkpoint that loads into `model` and `optimizer`, and returns its step.
@@ -110,6 +118,7 @@ pub(crate) fn restore_more(
             Ok((state, mut parameters, moments)) => {
                 assign(model, &mut parameters)?;
                 optimizer.restore(model, &moments)?;
+                tidy(run);
                 return Ok((state.step, state.more));
             }
             Err(error) => reasons.push(error.to_string()),

@@ -7,7 +7,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use pivotal_core::{Gather, Pack, TokenMask, TokenizedPair};
 use pivotal_data::{micro_batches, pack_pairs};
 use pivotal_kernels::account::{Part, time};
-use pivotal_loss::{PairLogps, ResponseIndex, kept_sums, kl_estimates};
+use pivotal_loss::{PairKl, PairLogps, ResponseIndex, kept_sums, kl_estimates};
 use pivotal_model::Decoder;
 use serde::{Deserialize, Serialize};
 
@@ -92,6 +92,13 @@ pub struct DpoMetrics {
     /// KTO's baseline, in nats.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kto_baseline: Option<f64>,
+    /// For TDPO: D of the chosen responses, the forward KL divergence from the reference over the vocabulary, summed over
+    /// kept tokens (or as the normalisation has it), in nats.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chosen_kl: Option<f64>,
+    /// The same of the rejected responses.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rejected_kl: Option<f64>,
     /// Kept share of the chosen responses' tokens.
     pub chosen_kept_fraction: f64,
     /// Kept share of the rejected responses' tokens.
@@ -112,7 +119,7 @@ pub struct DpoMetrics {
 pub fn gradients(
     policy: &mut Decoder,
     items: &[&DpoItem],
-    objective: DpoObjective,
+    objective: DpoObjective<'_>,
     settings: &OptimizerSettings,
     step: u64,
 ) -> Result<(GradientSum, DpoMetrics)> {
@@ -164,7 +171,7 @@ impl StepSums {
         &mut self,
         policy: &mut Decoder,
         items: &[&DpoItem],
-        objective: DpoObjective,
+        objective: DpoObjective<'_>,
         activations: Activations,
     ) -> Result<()> {
         let responses = 2 * items.len();
@@ -177,11 +184,13 @@ impl StepSums {
         let gathers = pack.gather(kept);
         let device = policy.device().clone();
         let with_reference = objective.loss.uses_reference();
+        let reference_model = objective.reference;
         let mut pass = None;
-        let (policy_logps, reference_logps) = match gathers.is_empty() {
+        let (policy_logps, reference_logps, kl) = match gathers.is_empty() {
             true => {
-                let reference = with_reference.then(|| zeros(responses, &device));
-                (zeros(responses, &device), reference)
+                let zeros = || zeros(responses, &device);
+                let reference = with_reference.then(zeros);
+                (zeros(), reference, reference_model.map(|_| zeros()))
             }
             false => {
                 let index = response_index(&pack, &gathers)?;
@@ -198,15 +207,31 @@ impl StepSums {
                 if let Some(reference) = &reference {
                     self.drift.add(&gathers, &policy_logps, reference)?;
                 }
+                let kl = reference_model
+                    .map(|reference| {
+                        let theirs = reference.hidden(&pack)?;
+                        let ours = &pass.hidden;
+                        Ok::<_, Error>(policy.vocabulary_kl(ours, reference, &theirs, &gathers))
+                    })
+                    .transpose()?;
                 let all = TokenMask::all(gathers.len());
                 let sums = |logps| kept_sums(logps, &index, &all, objective.normalisation);
-                (sums(policy_logps)?, reference.map(sums).transpose()?)
+                let reference = reference.map(sums).transpose()?;
+                (sums(policy_logps)?, reference, kl.map(sums).transpose()?)
             }
         };
+        let kl = kl.map(sides).map(|sides| PairKl {
+            chosen: sides.chosen,
+            rejected: sides.rejected,
+        });
+        let kls = kl
+            .clone()
+            .map(|kl| [values(kl.chosen), values(kl.rejected)]);
         let terms = objective.terms(
             sides(policy_logps),
             reference_logps.map(sides),
             self.baseline.clone(),
+            kl,
         )?;
 
         let losses = values(terms.loss.clone());
@@ -232,6 +257,11 @@ impl StepSums {
             metrics.chosen_reward += share * f64::from(*chosen);
             metrics.rejected_reward += share * f64::from(*rejected);
             metrics.accuracy += share * above(*chosen, *rejected);
+        }
+        if let Some([chosen, rejected]) = kls {
+            let mean = |kls: Vec<f32>| kls.into_iter().map(|kl| share * f64::from(kl)).sum::<f64>();
+            *metrics.chosen_kl.get_or_insert(0.0) += mean(chosen);
+            *metrics.rejected_kl.get_or_insert(0.0) += mean(rejected);
         }
         if let Some(pass) = pass {
             self.gradients
@@ -276,7 +306,7 @@ impl Drift {
 pub fn optimize(
     policy: &mut Decoder,
     items: &[DpoItem],
-    objective: DpoObjective,
+    objective: DpoObjective<'_>,
     settings: &OptimizerSettings,
     optimizer: &mut NamedAdamW,
     batches: impl Iterator<Item = Vec<usize>>,
@@ -289,8 +319,15 @@ pub fn optimize(
         let (sum, mut metrics) = gradients(policy, &batch, objective, settings, step + 1)?;
         metrics.lr = settings.lr * settings.schedule.factor(step, steps, settings.warmup_steps);
         let lr = metrics.lr;
-        metrics.grad_norm = time(Part::Optimizer, || {
+        let taken = time(Part::Optimizer, || {
             optimizer.step(policy, sum, lr, step + 1)
+        });
+        metrics.grad_norm = taken.map_err(|error| {
+            let ids = batch.iter().map(|item| item.pair.id).collect();
+            error.naming(ids, |index| {
+                let own = gradients(policy, &batch[index..=index], objective, settings, step + 1);
+                own.map(|(sum, _)| sum.norm())
+            })
         })?;
         after(step + 1, metrics, policy, optimizer)?;
     }

@@ -182,6 +182,38 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Names in a [`Error::NotFinite`] that names none those of `samples` whose own gradient `norm` finds not finite; all of
+    /// them where only their sum is not.
+    pub(crate) fn naming(
+        self,
+        samples: Vec<u64>,
+        mut norm: impl FnMut(usize) -> Result<f64>,
+    ) -> Self {
+        match self {
+            Self::NotFinite {
+                step,
+                metric,
+                samples: named,
+            } if named.is_empty() => {
+                let mut bad = Vec::new();
+                for (index, &sample) in samples.iter().enumerate() {
+                    if !norm(index).is_ok_and(f64::is_finite) {
+                        bad.push(sample);
+                    }
+                }
+                let samples = if bad.is_empty() { samples } else { bad };
+                Self::NotFinite {
+                    step,
+                    metric,
+                    samples,
+                }
+            }
+            other => other,
+        }
+    }
+}
+
 impl HasKind for Error {
     fn kind(&self) -> ErrorKind {
         match self {

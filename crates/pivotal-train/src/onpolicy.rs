@@ -24,7 +24,7 @@ pub use crate::diagnosis::CreditNumbers;
 pub use check::Check;
 pub use clock::{Clock, Timings};
 pub use command::CommandCheck;
-pub use credit::{RolloutCredit, SignalInputs, masks};
+pub use credit::{OracleLogps, RolloutCredit, SignalInputs, masks};
 pub use evaluation::{Evaluation, Evaluator};
 pub use layout::{Cutting, Layout, MicroBatch, Minibatch, SamplingGap, gap};
 pub use prompts::{Prompt, read_prompts};

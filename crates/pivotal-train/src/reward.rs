@@ -135,7 +135,14 @@ pub fn optimize(
         let (sum, mut metrics) = gradients(model, &batch, reward, settings, step + 1)?;
         metrics.lr = settings.lr * settings.schedule.factor(step, steps, settings.warmup_steps);
         let lr = metrics.lr;
-        metrics.grad_norm = time(Part::Optimizer, || optimizer.step(model, sum, lr, step + 1))?;
+        let taken = time(Part::Optimizer, || optimizer.step(model, sum, lr, step + 1));
+        metrics.grad_norm = taken.map_err(|error| {
+            let ids = batch.iter().map(|pair| pair.id).collect();
+            error.naming(ids, |index| {
+                let own = gradients(model, &batch[index..=index], reward, settings, step + 1);
+                own.map(|(sum, _)| sum.norm())
+            })
+        })?;
         after(step + 1, metrics, model, optimizer)?;
     }
     Ok(())

@@ -12,13 +12,15 @@
 //!   summary.json      written last: the run is done
 //! ```
 
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use pivotal_core::{
-    FileError, FileHash, Manifest, SCHEMA_VERSION, content_hash, read_file, write_atomic,
+    FileError, FileHash, Manifest, SCHEMA_VERSION, content_hash, read_file, remove_temporaries,
+    sync_directory, write_atomic,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -104,6 +106,7 @@ impl Run {
         if mode == StartMode::Resume {
             same_run(path, manifest)?;
             same_config(path, config)?;
+            remove_temporaries(path);
             // It is written last: while it is there, the run is done.
             match std::fs::remove_file(path.join(SUMMARY)) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -112,15 +115,7 @@ impl Run {
                 _ => {}
             }
         } else {
-            if path.exists() {
-                std::fs::remove_dir_all(path).map_err(|source| write_error(path, source))?;
-            }
-            std::fs::create_dir_all(path).map_err(|source| write_error(path, source))?;
-            // The manifest first: it is what makes a directory a run, which may be overwritten.
-            let manifest =
-                serde_json::to_string_pretty(manifest).expect("a manifest is plain data");
-            write_atomic(&path.join(MANIFEST), format!("{manifest}\n").as_bytes())?;
-            write_atomic(&path.join(CONFIG), show_config(config).as_bytes())?;
+            create(path, config, manifest)?;
         }
         let metrics_path = path.join(METRICS);
         let metrics = OpenOptions::new()
@@ -302,6 +297,55 @@ pub(crate) fn write_beside(
     )?)
 }
 
+/// Makes a run directory with its manifest and configuration in it, in place of one that is there.
+///
+/// It is made under another name and renamed, and one that is there is renamed before it is removed: whenever the process
+/// is killed, `path` is a run that resumes, or is not there.
+fn create(path: &Path, config: &impl Serialize, manifest: &Manifest) -> Result<()> {
+    let aside = |suffix: &str| {
+        let mut name = OsString::from(".");
+        name.push(path.file_name().unwrap_or_default());
+        name.push(suffix);
+        path.with_file_name(name)
+    };
+    let fail = |source| write_error(path, source);
+    let (unfinished, replaced) = (aside(".unfinished"), aside(".replaced"));
+    for leftover in [&unfinished, &replaced] {
+        remove_all(leftover)?;
+    }
+    std::fs::create_dir_all(&unfinished).map_err(fail)?;
+    let manifest = serde_json::to_string_pretty(manifest).expect("a manifest is plain data");
+    let written = write_atomic(
+        &unfinished.join(MANIFEST),
+        format!("{manifest}\n").as_bytes(),
+    )
+    .and_then(|()| write_atomic(&unfinished.join(CONFIG), show_config(config).as_bytes()));
+    if let Err(error) = written {
+        // The first error is the one to report.
+        let _ = std::fs::remove_dir_all(&unfinished);
+        return Err(error.into());
+    }
+    if path.exists() {
+        std::fs::rename(path, &replaced).map_err(fail)?;
+    }
+    std::fs::rename(&unfinished, path)
+        .and_then(|()| sync_directory(path.parent().unwrap_or(Path::new("."))))
+        .map_err(fail)?;
+    remove_all(&replaced)
+}
+
+/// Removes a directory, if it is there.
+fn remove_all(path: &Path) -> Result<()> {
+    use std::io::ErrorKind::{NotADirectory, NotFound};
+    match std::fs::remove_dir_all(path) {
+        // Below a file there is nothing either; whoever makes something there will say so.
+        Err(source) if !matches!(source.kind(), NotFound | NotADirectory) => {
+            Err(write_error(path, source))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The manifest that is there: what makes a directory a run, which may be resumed or overwritten.
 fn stored_manifest(path: &Path) -> Result<Manifest> {
     let bytes = std::fs::read(path.join(MANIFEST)).unwrap_or_default();
@@ -423,6 +467,32 @@ mod tests {
         std::fs::write(path.join("mine.txt"), "x").unwrap();
         open(&path, StartMode::Overwrite, 2).unwrap();
         assert!(!path.join("mine.txt").exists());
+    }
+
+    #[test]
+    fn a_run_appears_whole_whatever_a_killed_process_left_beside_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("run");
+        for leftover in [".run.unfinished", ".run.replaced"] {
+            let leftover = directory.path().join(leftover);
+            std::fs::create_dir(&leftover).unwrap();
+            std::fs::write(leftover.join(MANIFEST), "{").unwrap();
+        }
+        open(&path, StartMode::Fresh, 1).unwrap();
+        open(&path, StartMode::Overwrite, 2).unwrap();
+        let names = |path: &Path| {
+            let entries = std::fs::read_dir(path).unwrap();
+            let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+            let mut names: Vec<String> = names.collect();
+            names.sort();
+            names
+        };
+        assert_eq!(names(directory.path()), ["run"]);
+        assert_eq!(names(&path), [CONFIG, MANIFEST, METRICS]);
+        // An output that cannot be made leaves nothing.
+        let below = path.join(CONFIG).join("run");
+        assert!(open(&below, StartMode::Fresh, 1).is_err());
+        assert_eq!(names(&path), [CONFIG, MANIFEST, METRICS]);
     }
 
     #[test]

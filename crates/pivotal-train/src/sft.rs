@@ -108,8 +108,15 @@ pub fn optimize(
         let (sum, mut metrics) = gradients(policy, &batch, settings, step + 1)?;
         metrics.lr = settings.lr * settings.schedule.factor(step, steps, settings.warmup_steps);
         let lr = metrics.lr;
-        metrics.grad_norm = time(Part::Optimizer, || {
+        let taken = time(Part::Optimizer, || {
             optimizer.step(policy, sum, lr, step + 1)
+        });
+        metrics.grad_norm = taken.map_err(|error| {
+            let ids = batch.iter().map(|response| response.id).collect();
+            error.naming(ids, |index| {
+                let own = gradients(policy, &batch[index..=index], settings, step + 1);
+                own.map(|(sum, _)| sum.norm())
+            })
         })?;
         after(step + 1, metrics, policy, optimizer)?;
     }

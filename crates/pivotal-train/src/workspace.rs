@@ -147,7 +147,7 @@ impl Workspace {
     /// A reward model on this model's tokenizer, off the tape: a run, adapter or model directory of `pivotal reward`.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the directory has no value head.
+    /// [`Error::Setting`] if the directory has no value head, or a model of another tokenizer.
     pub fn reward_model(&self, path: &Path, precision: Precision) -> Result<RewardModel> {
         let missing = || Error::Setting {
             key: "reward-model",
@@ -162,6 +162,7 @@ impl Workspace {
             return Ok(RewardModel::with_head(decoder, head)?.detached());
         }
         let mut checkpoint = load(&model_path(path))?;
+        self.expect_tokenizer("reward-model", path, &checkpoint)?;
         let decoder = take_decoder(&mut checkpoint, precision, self.decoder.device())?;
         let head = checkpoint.value_head().ok_or_else(missing)?;
         Ok(RewardModel::with_head(decoder, head)?.detached())
@@ -177,11 +178,38 @@ impl Workspace {
             let adapter = LoraAdapter::load(&adapter)?;
             return Ok(self.decoder.base().with_adapter(&adapter)?.detached());
         }
-        take_decoder(
-            &mut load(&model_path(path))?,
-            precision,
-            self.decoder.device(),
-        )
+        let mut checkpoint = load(&model_path(path))?;
+        self.expect_tokenizer("oracle", path, &checkpoint)?;
+        take_decoder(&mut checkpoint, precision, self.decoder.device())
+    }
+
+    /// Its signal is read token by token: ids must mean the same to both models.
+    fn expect_tokenizer(
+        &self,
+        key: &'static str,
+        path: &Path,
+        checkpoint: &Checkpoint,
+    ) -> Result<()> {
+        let ours = self.decoder.config().vocab_size;
+        let same = match &checkpoint.tokenizer {
+            // A model without one says nothing of its ids but how many they are.
+            None => checkpoint.config.vocab_size == ours,
+            Some(_) => {
+                let theirs = tokenizer(checkpoint, path)?;
+                let text = |tokenizer: &Tokenizer, id| tokenizer.token_text(id).ok();
+                let ids = 0..ours.max(checkpoint.config.vocab_size) as u32;
+                ids.into_iter()
+                    .all(|id| text(&theirs, id) == text(&self.tokenizer, id))
+            }
+        };
+        match same {
+            true => Ok(()),
+            false => Err(Error::Setting {
+                key,
+                found: path.display().to_string(),
+                expected: "a model with the tokenizer of `--model`: its numbers are read token by token",
+            }),
+        }
     }
 
     /// A hash of everything that decides a log-probability besides the tokens: weights, adapter, precision, card.

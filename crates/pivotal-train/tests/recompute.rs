@@ -145,6 +145,7 @@ fn of_dpo() {
         beta: 0.1,
         normalisation: Normalisation::Sum,
         dropped_every: 0,
+        reference: None,
     };
     compare(
         |policy| policy,

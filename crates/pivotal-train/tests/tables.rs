@@ -11,7 +11,7 @@ use pivotal_train::Schedule;
 use pivotal_train::dpo::{self, DpoItem, DpoObjective, PreferenceLoss};
 use pivotal_train::optimizer::NamedAdamW;
 use pivotal_train::score::{Group, token_logps};
-use pivotal_train::settings::{Aggregation, OptimizerSettings, RewardSettings};
+use pivotal_train::settings::{Aggregation, LoraSettings, OptimizerSettings, RewardSettings};
 use pivotal_train::{reward, sft};
 use serde_json::Value;
 
@@ -169,6 +169,7 @@ fn dpo_table(name: &str, micro_batch_tokens: usize, device: &Device) {
         beta: golden["beta"].as_f64().unwrap(),
         normalisation: Normalisation::Sum,
         dropped_every: 0,
+        reference: None,
     };
     let mut settings = settings(&golden);
     settings.micro_batch_tokens = micro_batch_tokens;
@@ -238,12 +239,87 @@ fn dpo_of_an_adapter_over_kept_tokens_is_trls() {
 }
 
 #[test]
-fn micro_batches_change_nothing() {
+fn detail_08_micro_batches_change_nothing() {
     dpo_table("masked", 1, &Device::flex());
 }
 
+/// Losses, gradient norms and divergences of one table of TDPO.
+fn tdpo_table(name: &str, micro_batch_tokens: usize) {
+    let golden = golden("tdpo_steps.json");
+    let table = &golden["tables"][name];
+    let base = decoder(&Device::flex());
+    let items = dpo_items(&base, &golden, table);
+    let mut policy = match name.contains("lora") {
+        false => base.clone().trainable(),
+        true => {
+            let adapter = LoraAdapter::load(&llama().join("adapter")).unwrap();
+            base.clone().with_adapter(&adapter).unwrap()
+        }
+    };
+    let objective = DpoObjective {
+        loss: match table["alpha"].as_f64() {
+            None => PreferenceLoss::Tdpo1,
+            Some(alpha) => PreferenceLoss::Tdpo2 { alpha },
+        },
+        beta: golden["beta"].as_f64().unwrap(),
+        normalisation: Normalisation::Sum,
+        reference: Some(&base),
+    };
+    let mut settings = settings(&golden);
+    settings.micro_batch_tokens = micro_batch_tokens;
+    let mut optimizer = NamedAdamW::new(&settings);
+    let mut rows = Vec::new();
+    let batches = std::iter::repeat((0..items.len()).collect());
+    dpo::optimize(
+        &mut policy,
+        &items,
+        objective,
+        &settings,
+        &mut optimizer,
+        batches,
+        0..5,
+        &mut |_, metrics, _, _| {
+            rows.push(metrics);
+            Ok(())
+        },
+    )
+    .unwrap();
+    let all: Vec<_> = items.iter().collect();
+    let (sum, mut last) = dpo::gradients(&mut policy, &all, objective, &settings, 6).unwrap();
+    last.grad_norm = sum.norm();
+    rows.push(last);
+    let losses: Vec<_> = rows.iter().map(|row| row.loss).collect();
+    let norms: Vec<_> = rows.iter().map(|row| row.grad_norm).collect();
+    check(name, table, &losses, &norms);
+    for (row, golden) in rows.iter().zip(table["mean_kls"].as_array().unwrap()) {
+        let expected = numbers(golden);
+        let kls = [row.chosen_kl, row.rejected_kl].map(Option::unwrap);
+        for (found, expected) in kls.into_iter().zip(expected) {
+            let what = format!("{name}, divergence");
+            close(&what, found, expected, LOGP_TOLERANCE);
+        }
+    }
+}
+
 #[test]
-fn the_first_step_of_dpo_has_loss_ln_2() {
+fn tdpo1_is_the_authors() {
+    tdpo_table("tdpo1_unmasked", 1024);
+    tdpo_table("tdpo1_masked", 1024);
+}
+
+#[test]
+fn tdpo2_over_kept_tokens_is_the_authors() {
+    tdpo_table("tdpo2_masked", 1024);
+}
+
+#[test]
+fn tdpo_of_an_adapter_is_the_authors_whatever_the_micro_batches() {
+    tdpo_table("tdpo1_lora_masked", 1);
+    tdpo_table("tdpo2_lora_masked", 1);
+}
+
+#[test]
+fn detail_09_the_first_step_of_dpo_has_loss_ln_2() {
     let golden = golden("dpo_steps.json");
     let base = decoder(&Device::flex());
     for table in ["unmasked", "masked"] {
@@ -254,17 +330,25 @@ fn the_first_step_of_dpo_has_loss_ln_2() {
             beta: 0.1,
             normalisation: Normalisation::Sum,
             dropped_every: 0,
+            reference: None,
         };
-        let mut policy = base.clone().trainable();
-        let (_, metrics) = dpo::gradients(
-            &mut policy,
-            &items,
-            objective,
-            &OptimizerSettings::default(),
-            1,
-        )
-        .unwrap();
-        close("loss", metrics.loss, std::f64::consts::LN_2, 1e-6);
+        let settings = OptimizerSettings::default();
+        let adapter = LoraSettings::default().spec().unwrap();
+        for (adapted, mut policy) in [
+            (false, base.clone().trainable()),
+            (true, base.clone().with_lora(&adapter, 1).unwrap()),
+        ] {
+            let (_, metrics) =
+                dpo::gradients(&mut policy, &items, objective, &settings, 1).unwrap();
+            close("loss", metrics.loss, std::f64::consts::LN_2, 1e-6);
+            let rewards = [metrics.chosen_reward, metrics.rejected_reward];
+            // Trained weights go through other products than frozen ones: their sums run in another order.
+            rewards.map(|reward| close("reward", reward, 0.0, 1e-6));
+            if adapted {
+                // An adapter that changes nothing yet changes no bit: every margin is 0, and a tie counts half.
+                assert_eq!((rewards, metrics.accuracy), ([0.0; 2], 0.5));
+            }
+        }
     }
 }
 

@@ -3,16 +3,18 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use pivotal_core::{ErrorKind, HasKind, TokenMask, TokenizedPair};
+use pivotal_core::{ErrorKind, HasKind, Pack, TokenMask, TokenizedPair};
 use pivotal_model::{Decoder, LoraAdapter, load};
 use pivotal_ops::Precision;
-use pivotal_train::dpo::{self, DpoItem, DpoMetrics, DpoSettings, LossName, mismatched};
+use pivotal_train::dpo::{
+    self, DpoItem, DpoMetrics, DpoObjective, DpoSettings, LossName, mismatched,
+};
 use pivotal_train::optimizer::NamedAdamW;
 use pivotal_train::score::{Group, token_logps};
 use pivotal_train::settings::{KeptNormalisation, OptimizerSettings};
 use pivotal_train::{Error, Schedule};
 
-const LOSSES: [LossName; 8] = [
+const LOSSES: [LossName; 10] = [
     LossName::Dpo,
     LossName::IpoSum,
     LossName::IpoMean,
@@ -21,6 +23,8 @@ const LOSSES: [LossName; 8] = [
     LossName::Hinge,
     LossName::Simpo,
     LossName::Kto,
+    LossName::Tdpo1,
+    LossName::Tdpo2,
 ];
 
 fn llama() -> PathBuf {
@@ -98,7 +102,21 @@ fn settings(loss: LossName) -> DpoSettings {
             undesirable_weight: 0.5,
             ..default
         },
+        LossName::Tdpo2 => DpoSettings {
+            tdpo_alpha: 3.0,
+            ..default
+        },
         _ => default,
+    }
+}
+
+/// As the recipe makes it: with the reference itself where the loss wants it.
+fn objective(loss: LossName, reference: &Decoder) -> DpoObjective<'_> {
+    let objective = settings(loss).objective().unwrap();
+    let wanted = objective.loss.uses_reference_model();
+    DpoObjective {
+        reference: wanted.then_some(reference),
+        ..objective
     }
 }
 
@@ -136,7 +154,8 @@ fn first_step(loss: LossName, items: &[DpoItem], micro_batch_tokens: usize) -> D
         ..OptimizerSettings::default()
     };
     let items: Vec<_> = items.iter().collect();
-    let objective = settings(loss).objective().unwrap();
+    let base = base();
+    let objective = objective(loss, &base);
     let step = dpo::gradients(&mut policy(), &items, objective, &settings_of_step, 1);
     step.unwrap().1
 }
@@ -158,6 +177,39 @@ fn sums(policy: &[[Vec<f32>; 2]], items: &[&DpoItem], reference: bool) -> Vec<[(
         })
     };
     policy.iter().zip(items).map(of).collect()
+}
+
+/// ln of the softmax of each row of logits.
+fn log_softmax(logits: &[f32], vocab: usize) -> Vec<Vec<f64>> {
+    let of_row = |row: &[f32]| {
+        let lse = row.iter().map(|&z| f64::from(z).exp()).sum::<f64>().ln();
+        row.iter().map(|&z| f64::from(z) - lse).collect()
+    };
+    logits.chunks(vocab).map(of_row).collect()
+}
+
+/// Σ over kept tokens of KL(reference‖policy), chosen then rejected, from whole logits.
+fn divergences(reference: &Decoder, policy: &Decoder, item: &DpoItem) -> [f64; 2] {
+    let pair = &item.pair;
+    [0, 1].map(|side| {
+        let response = [&pair.chosen, &pair.rejected][side];
+        let mut pack = Pack::default();
+        pack.push(&pair.prompt, &[response]).unwrap();
+        let first = pair.prompt.len() - 1;
+        let sources: Vec<usize> = (first..first + response.len()).collect();
+        let [reference, policy] = [reference, policy].map(|decoder| {
+            let decoder = decoder.detached();
+            let logits = decoder.logits(&decoder.hidden(&pack).unwrap(), &sources);
+            let vocab = decoder.config().vocab_size;
+            log_softmax(&logits.try_into_vec_as::<f32>().unwrap(), vocab)
+        });
+        let kl = |at: usize| {
+            let terms = reference[at].iter().zip(&policy[at]);
+            terms.map(|(q, p)| q.exp() * (q - p)).sum::<f64>()
+        };
+        let kept = (0..response.len()).filter(|&at| item.keep[side].as_slice()[at]);
+        kept.map(kl).sum()
+    })
 }
 
 fn sigmoid(x: f64) -> f64 {
@@ -184,7 +236,9 @@ fn expected(loss: LossName, items: &[DpoItem]) -> f64 {
         _ => 0.0,
     };
     let (beta, smooth) = (settings.beta, settings.label_smoothing);
-    let of_pair = |[(chosen, kept), (rejected, kept_rejected)]: &[(f64, usize); 2]| {
+    let base = base();
+    let of_pair = |(pair, item): (&[(f64, usize); 2], &DpoItem)| {
+        let [(chosen, kept), (rejected, kept_rejected)] = pair;
         let margin = beta * (chosen - rejected);
         let mean = chosen / (*kept).max(1) as f64 - rejected / (*kept_rejected).max(1) as f64;
         match loss {
@@ -205,9 +259,18 @@ fn expected(loss: LossName, items: &[DpoItem]) -> f64 {
                 let bad = 1.0 - sigmoid(beta * (baseline - rejected));
                 0.5 * (settings.desirable_weight * good + settings.undesirable_weight * bad)
             }
+            LossName::Tdpo1 | LossName::Tdpo2 => {
+                let [of_chosen, of_rejected] = divergences(&base, &policy, item);
+                let alpha = match loss {
+                    LossName::Tdpo1 => 1.0,
+                    _ => settings.tdpo_alpha,
+                };
+                -sigmoid(margin - beta * alpha * (of_rejected - of_chosen)).ln()
+            }
         }
     };
-    sums_of_pairs.iter().map(of_pair).sum::<f64>() / sums_of_pairs.len() as f64
+    let all = sums_of_pairs.iter().zip(items);
+    all.map(of_pair).sum::<f64>() / sums_of_pairs.len() as f64
 }
 
 #[test]
@@ -226,7 +289,7 @@ fn the_first_loss_is_the_formulas() {
         }
         found.push(expected);
     }
-    // Eight losses, eight numbers: a name that stood for another's loss would show.
+    // Ten losses, ten numbers: a name that stood for another's loss would show.
     found.sort_by(f64::total_cmp);
     assert!(
         found.windows(2).all(|two| two[1] - two[0] > 1e-3),
@@ -242,6 +305,58 @@ fn ktos_baseline_is_above_0_where_it_was_tested() {
         first_step(LossName::Dpo, &items(LossName::Dpo), 64).kto_baseline,
         None
     );
+}
+
+#[test]
+fn tdpos_divergences_are_those_of_kept_positions() {
+    let (base, policy) = (base(), policy());
+    for loss in [LossName::Tdpo1, LossName::Tdpo2] {
+        let items = items(loss);
+        let metrics = first_step(loss, &items, 16);
+        let all: Vec<_> = items
+            .iter()
+            .map(|item| divergences(&base, &policy, item))
+            .collect();
+        // Nothing is kept of the third pair's rejected response.
+        assert_eq!(all[2][1], 0.0);
+        for (side, found) in [metrics.chosen_kl, metrics.rejected_kl]
+            .into_iter()
+            .enumerate()
+        {
+            let expected = all.iter().map(|kl| kl[side]).sum::<f64>() / all.len() as f64;
+            let found = found.unwrap();
+            assert!(expected > 1e-2, "{expected}");
+            assert!(
+                (found - expected).abs() < 1e-5,
+                "{loss:?}: {found}, expected {expected}"
+            );
+        }
+    }
+    let of_dpo = first_step(LossName::Dpo, &items(LossName::Dpo), 16);
+    assert_eq!((of_dpo.chosen_kl, of_dpo.rejected_kl), (None, None));
+}
+
+#[test]
+fn tdpo2_without_divergences_is_dpo() {
+    let (base, items) = (base(), items(LossName::Dpo));
+    let items: Vec<_> = items.iter().collect();
+    let settings_of_step = OptimizerSettings::default();
+    let step = |objective| {
+        let step = dpo::gradients(&mut policy(), &items, objective, &settings_of_step, 1);
+        let (sum, metrics) = step.unwrap();
+        (metrics.loss, sum.to_host())
+    };
+    let dpo = step(objective(LossName::Dpo, &base));
+    let without = DpoSettings {
+        tdpo_alpha: 0.0,
+        ..settings(LossName::Tdpo2)
+    };
+    let without = step(DpoObjective {
+        reference: Some(&base),
+        ..without.objective().unwrap()
+    });
+    assert_eq!(without.0, dpo.0);
+    assert_eq!(without.1, dpo.1);
 }
 
 #[test]
@@ -277,6 +392,7 @@ fn divergence_from_the_reference_is_that_of_the_kept_tokens() {
 
 #[test]
 fn steps_bring_every_loss_down_and_repeat() {
+    let base = base();
     for loss in LOSSES {
         let items = items(loss);
         let run = || {
@@ -289,7 +405,7 @@ fn steps_bring_every_loss_down_and_repeat() {
             dpo::optimize(
                 &mut policy(),
                 &items,
-                settings(loss).objective().unwrap(),
+                objective(loss, &base),
                 &optimizer_settings,
                 &mut NamedAdamW::new(&optimizer_settings),
                 std::iter::repeat((0..items.len()).collect()),
@@ -310,6 +426,7 @@ fn steps_bring_every_loss_down_and_repeat() {
 
 #[test]
 fn what_is_not_finite_names_its_rows() {
+    let base = base();
     let settings_of_step = OptimizerSettings::default();
     for loss in LOSSES {
         if loss == LossName::Simpo {
@@ -318,7 +435,7 @@ fn what_is_not_finite_names_its_rows() {
         let mut items = items(loss);
         items[1].reference_logps[0][0] = f32::NAN;
         let items: Vec<_> = items.iter().collect();
-        let objective = settings(loss).objective().unwrap();
+        let objective = objective(loss, &base);
         let error = dpo::gradients(&mut policy(), &items, objective, &settings_of_step, 3)
             .map(|_| ())
             .unwrap_err();
@@ -383,7 +500,7 @@ type Change = fn(&mut DpoSettings);
 
 #[test]
 fn a_key_that_the_loss_does_not_use_is_refused() {
-    let uses: [(&str, Change, &[LossName]); 5] = [
+    let uses: [(&str, Change, &[LossName]); 6] = [
         (
             "normalisation",
             |settings| settings.normalisation = KeptNormalisation::KeptMean,
@@ -392,6 +509,8 @@ fn a_key_that_the_loss_does_not_use_is_refused() {
                 LossName::Cdpo,
                 LossName::Robust,
                 LossName::Hinge,
+                LossName::Tdpo1,
+                LossName::Tdpo2,
             ],
         ),
         (
@@ -414,12 +533,20 @@ fn a_key_that_the_loss_does_not_use_is_refused() {
             |settings| settings.undesirable_weight = 2.0,
             &[LossName::Kto],
         ),
+        (
+            "tdpo-alpha",
+            |settings| settings.tdpo_alpha = 0.25,
+            &[LossName::Tdpo2],
+        ),
     ];
     for (key, set, losses) in uses {
         for loss in LOSSES {
             let mut settings = settings(loss);
             if loss == LossName::Simpo && key != "target-margin" {
                 settings.target_margin = 0.0;
+            }
+            if loss == LossName::Tdpo2 && key != "tdpo-alpha" {
+                settings.tdpo_alpha = DpoSettings::default().tdpo_alpha;
             }
             set(&mut settings);
             match (settings.check(), losses.contains(&loss)) {

@@ -6,6 +6,10 @@ mod bad_input;
 mod bench;
 #[path = "cli/cards.rs"]
 mod cards;
+#[path = "cli/contracts.rs"]
+mod contracts;
+#[path = "cli/killed.rs"]
+mod killed;
 #[path = "cli/onpolicy.rs"]
 mod onpolicy;
 #[path = "cli/output.rs"]

@@ -10,6 +10,7 @@ pub(crate) mod rms_norm;
 pub(crate) mod rope_attention;
 pub(crate) mod swiglu;
 pub(crate) mod token_logps;
+pub(crate) mod vocabulary_kl;
 
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::backend::tensor::FloatTensor;

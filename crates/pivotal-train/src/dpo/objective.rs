@@ -2,15 +2,17 @@
 
 use burn::tensor::Tensor;
 use pivotal_loss::{
-    DpoTerms, Judgement, KtoTerms, KtoWeights, LossError, Normalisation, PairLogps, cdpo, dpo,
-    hinge, ipo, kto, robust_dpo, simpo,
+    DpoTerms, Judgement, KtoTerms, KtoWeights, LossError, Normalisation, PairKl, PairLogps,
+    TdpoTerms, cdpo, dpo, hinge, ipo, kto, robust_dpo, simpo, tdpo1, tdpo2,
 };
+
+use pivotal_model::Decoder;
 
 use crate::error::Result;
 
 /// What the loss is made of besides the pairs, and what is measured beside it.
 #[derive(Clone, Copy, Debug)]
-pub struct DpoObjective {
+pub struct DpoObjective<'a> {
     /// Which loss.
     pub loss: PreferenceLoss,
     /// Strength of the anchor to the reference, or scale of the rewards where there is none; above 0.
@@ -19,6 +21,8 @@ pub struct DpoObjective {
     pub normalisation: Normalisation,
     /// Steps between measurements of the dropped tokens' log-probabilities, which change no result; 0 takes none.
     pub dropped_every: u64,
+    /// The reference itself, where [`PreferenceLoss::uses_reference_model`].
+    pub reference: Option<&'a Decoder>,
 }
 
 /// A loss of preferences, with the numbers that it alone has.
@@ -51,6 +55,13 @@ pub enum PreferenceLoss {
         /// What a response of each kind weighs.
         weights: KtoWeights,
     },
+    /// [`pivotal_loss::tdpo1()`].
+    Tdpo1,
+    /// [`pivotal_loss::tdpo2()`].
+    Tdpo2 {
+        /// α, what the divergences weigh.
+        alpha: f64,
+    },
 }
 
 impl PreferenceLoss {
@@ -63,21 +74,27 @@ impl PreferenceLoss {
     pub fn uses_mismatched(self) -> bool {
         matches!(self, Self::Kto { .. })
     }
+
+    /// True if it compares the two models' distributions over the whole vocabulary, so that the reference itself is needed.
+    pub fn uses_reference_model(self) -> bool {
+        matches!(self, Self::Tdpo1 | Self::Tdpo2 { .. })
+    }
 }
 
-impl DpoObjective {
+impl DpoObjective<'_> {
     /// True in the steps, counted from 1, that measure the dropped tokens: the first, and every so many after it.
     pub(super) fn measures_dropped(&self, step: u64) -> bool {
         self.dropped_every > 0 && (step - 1).is_multiple_of(self.dropped_every)
     }
 
     /// The terms of each pair. `reference` is there where [`PreferenceLoss::uses_reference`], `baseline` where
-    /// [`PreferenceLoss::uses_mismatched`].
+    /// [`PreferenceLoss::uses_mismatched`], `kl` where [`PreferenceLoss::uses_reference_model`].
     pub(super) fn terms(
         &self,
         policy: PairLogps,
         reference: Option<PairLogps>,
         baseline: Option<Tensor<1>>,
+        kl: Option<PairKl>,
     ) -> Result<DpoTerms> {
         let beta = self.beta;
         if let PreferenceLoss::Simpo { target_margin } = self.loss {
@@ -98,7 +115,23 @@ impl DpoObjective {
                 let baseline = baseline.ok_or(LossError::Empty { name: "baseline" })?;
                 kto_of_pairs(policy, reference, baseline, beta, weights)?
             }
+            PreferenceLoss::Tdpo1 => of_tdpo(tdpo1(policy, expect_kl(kl)?, reference, beta)?),
+            PreferenceLoss::Tdpo2 { alpha } => {
+                of_tdpo(tdpo2(policy, expect_kl(kl)?, reference, beta, alpha)?)
+            }
         })
+    }
+}
+
+fn expect_kl(kl: Option<PairKl>) -> Result<PairKl, LossError> {
+    kl.ok_or(LossError::Empty { name: "policy_kl" })
+}
+
+fn of_tdpo(terms: TdpoTerms) -> DpoTerms {
+    DpoTerms {
+        loss: terms.loss,
+        chosen_reward: terms.chosen_reward,
+        rejected_reward: terms.rejected_reward,
     }
 }
 

@@ -94,7 +94,7 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
         ],
     )?;
     config.optimizer.check()?;
-    let objective = config.dpo.objective()?;
+    let mut objective = config.dpo.objective()?;
     config.credit.resolve()?;
     config.warnings.check()?;
     let data = DataSet::read(&config.data.path, ReadOptions::default())?;
@@ -167,7 +167,8 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
         }
         false => pairs.iter().map(|_| None).collect(),
     };
-    drop(reference);
+    let reference = objective.loss.uses_reference_model().then_some(reference);
+    objective.reference = reference.as_ref();
 
     let mut optimizer = NamedAdamW::new(&config.optimizer);
     let inputs = [config.data.path.as_path(), &config.dpo.signals];

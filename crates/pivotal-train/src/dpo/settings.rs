@@ -37,6 +37,10 @@ pub enum LossName {
     Simpo,
     /// Each response for itself, desirable or not, against a baseline.
     Kto,
+    /// DPO with the divergence of every kept position from the reference's whole distribution.
+    Tdpo1,
+    /// The same at weight α, and without the gradient of the chosen response's divergence.
+    Tdpo2,
 }
 
 impl LossName {
@@ -49,7 +53,7 @@ impl LossName {
 table! {
     /// Direct preference optimization and its kin.
     pub struct DpoSettings, DpoFlags {
-        /// Loss: dpo, ipo_sum, ipo_mean, cdpo, robust, hinge, simpo or kto.
+        /// Loss: dpo, ipo_sum, ipo_mean, cdpo, robust, hinge, simpo, kto, tdpo1 or tdpo2.
         "loss" loss: LossName = LossName::Dpo,
         /// Strength of the anchor to the reference; above 0. For simpo, which has none, the scale of rewards, usually 2.
         "beta" beta: f64 = 0.1,
@@ -67,6 +71,8 @@ table! {
         /// Steps between measurements of the dropped tokens' log-probabilities, for the metrics alone; 0 takes none.
         /// One costs the vocabulary's projection of these tokens, forward: a few per cent of its step.
         "dropped-every" dropped_every: u64 = 10,
+        /// For tdpo2: what the divergences from the reference weigh, α; at least 0, and 0 is dpo.
+        "tdpo-alpha" tdpo_alpha: f64 = 0.5,
         /// Credit records of `annotate`, whose signals the `[credit]` table segments; the data's own columns if empty.
         "signals" signals: PathBuf = PathBuf::new(),
         /// Directory of cached reference log-probabilities; the run directory's parent has one if empty.
@@ -83,12 +89,12 @@ impl DpoSettings {
         self.objective().map(|_| ())
     }
 
-    /// The objective, checked.
+    /// The objective, checked, and without the reference model that some losses want.
     ///
     /// # Errors
     /// As [`DpoSettings::check`].
-    pub fn objective(&self) -> Result<DpoObjective> {
-        use LossName::{Cdpo, Dpo, Hinge, IpoMean, IpoSum, Kto, Robust, Simpo};
+    pub fn objective(&self) -> Result<DpoObjective<'static>> {
+        use LossName::{Cdpo, Dpo, Hinge, IpoMean, IpoSum, Kto, Robust, Simpo, Tdpo1, Tdpo2};
 
         self.only_used_keys()?;
         domain("beta", self.beta, "above 0", self.beta > 0.0)?;
@@ -102,6 +108,7 @@ impl DpoSettings {
             ("target-margin", self.target_margin),
             ("desirable-weight", self.desirable_weight),
             ("undesirable-weight", self.undesirable_weight),
+            ("tdpo-alpha", self.tdpo_alpha),
         ] {
             domain(key, value, "a number of at least 0", value >= 0.0)?;
         }
@@ -120,6 +127,10 @@ impl DpoSettings {
                     undesirable: self.undesirable_weight,
                 },
             },
+            Tdpo1 => PreferenceLoss::Tdpo1,
+            Tdpo2 => PreferenceLoss::Tdpo2 {
+                alpha: self.tdpo_alpha,
+            },
         };
         let normalisation = match self.loss {
             IpoMean | Simpo => Normalisation::KeptMean,
@@ -130,17 +141,18 @@ impl DpoSettings {
             beta: self.beta,
             normalisation,
             dropped_every: self.dropped_every,
+            reference: None,
         })
     }
 
     /// A resolved configuration writes every key, so one at its default, which says nothing, is not one that was set.
     fn only_used_keys(&self) -> Result<()> {
-        use LossName::{Cdpo, Dpo, Hinge, Kto, Robust, Simpo};
+        use LossName::{Cdpo, Dpo, Hinge, Kto, Robust, Simpo, Tdpo1, Tdpo2};
 
         let default = Self::default();
         let smooth = [Cdpo, Robust];
-        let normalised = [Dpo, Cdpo, Robust, Hinge];
-        let uses: [(&'static str, bool, &[LossName]); 5] = [
+        let normalised = [Dpo, Cdpo, Robust, Hinge, Tdpo1, Tdpo2];
+        let uses: [(&'static str, bool, &[LossName]); 6] = [
             (
                 "normalisation",
                 self.normalisation != default.normalisation,
@@ -165,6 +177,11 @@ impl DpoSettings {
                 "undesirable-weight",
                 self.undesirable_weight != default.undesirable_weight,
                 &[Kto],
+            ),
+            (
+                "tdpo-alpha",
+                self.tdpo_alpha != default.tdpo_alpha,
+                &[Tdpo2],
             ),
         ];
         let unused = uses

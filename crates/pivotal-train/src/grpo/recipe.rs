@@ -17,10 +17,10 @@ use crate::checkpoint;
 use crate::diagnosis::{CreditNumbers, WarningFlags, WarningSettings};
 use crate::error::{Error, Result};
 use crate::onpolicy::{
-    Clock, Cutting, EvalFlags, EvalSettings, Evaluation, Evaluator, Layout, Prompt, PromptFlags,
-    PromptSettings, ResponseScore, Rollout, RolloutCredit, RolloutFlags, RolloutRecord,
-    RolloutSettings, Sampler, ScoreFlags, ScoreSettings, Scorer, SignalFlags, SignalInputs,
-    SignalSettings, StepLog, Timings, gap, masks, read_prompts,
+    Clock, Cutting, EvalFlags, EvalSettings, Evaluation, Evaluator, Layout, OracleLogps, Prompt,
+    PromptFlags, PromptSettings, ResponseScore, Rollout, RolloutCredit, RolloutFlags,
+    RolloutRecord, RolloutSettings, Sampler, ScoreFlags, ScoreSettings, Scorer, SignalFlags,
+    SignalInputs, SignalSettings, StepLog, Timings, gap, masks, read_prompts,
 };
 use crate::optimizer::NamedAdamW;
 use crate::progress::{Progress, StepNumbers};
@@ -400,8 +400,7 @@ impl Training<'_> {
         let (reference_logps, given, numbers) = self.clock.scoring(|| {
             let reference_logps = first.token_logps(&self.reference, &rollouts, temperature)?;
             let oracle = self.oracle.as_ref();
-            let oracle = oracle.map(|oracle| first.token_logps(oracle, &rollouts, temperature));
-            let oracle_logps = oracle.transpose()?.unwrap_or_default();
+            let oracle = OracleLogps::of(oracle, &self.reference, &first, &rollouts)?;
             let signs = sequence_signs(&ids, &totals, grpo.sign_baseline.into())?;
             let spread: Vec<Vec<f32>> = rollouts
                 .iter()
@@ -411,7 +410,7 @@ impl Training<'_> {
             let inputs = SignalInputs {
                 old_logps: &old_logps,
                 reference_logps: &reference_logps,
-                oracle_logps: &oracle_logps,
+                oracle: &oracle,
                 signal_beta: config.signal.signal_beta as f32,
                 advantages: &spread,
                 critic: &[],
@@ -497,7 +496,15 @@ fn update(
         if updates.count == 0 {
             updates.first_ratio_deviation = sums.ratio_deviation;
         }
-        updates.grad_norm = optimizer.step(policy, sum, lr, step)?;
+        let taken = optimizer.step(policy, sum, lr, step);
+        updates.grad_norm = taken.map_err(|error| match error {
+            Error::NotFinite { step, metric, .. } => Error::NotFinite {
+                step,
+                metric,
+                samples: minibatch.rows(batch.rollouts),
+            },
+            other => other,
+        })?;
         updates.sums.merge(&sums);
         updates.count += 1;
     }

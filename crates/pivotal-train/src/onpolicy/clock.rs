@@ -1,14 +1,12 @@
 //! Where a step's time goes. Kept apart from the metrics, which are the same bytes on every run.
 
-use std::fs::{File, OpenOptions};
-use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::record::StepLog;
 use crate::error::Result;
-use crate::run::write_error;
 
 /// Seconds of one step, or of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -32,8 +30,7 @@ pub struct Timings {
 /// A stopwatch over the parts of a step; its lines go to `timings.jsonl`.
 #[derive(Debug)]
 pub struct Clock {
-    file: File,
-    path: std::path::PathBuf,
+    log: StepLog,
     step: [Duration; 3],
     total: [Duration; 3],
     tokens: u64,
@@ -46,11 +43,9 @@ impl Clock {
     /// # Errors
     /// [`crate::Error::File`].
     pub fn open(run: &Path) -> Result<Self> {
-        let path = run.join("timings.jsonl");
-        let file = OpenOptions::new().create(true).append(true).open(&path);
         Ok(Self {
-            file: file.map_err(|source| write_error(&path, source))?,
-            path,
+            // Steps that are taken again are timed again.
+            log: StepLog::open(run, "timings.jsonl", u64::MAX)?,
             step: [Duration::ZERO; 3],
             total: [Duration::ZERO; 3],
             tokens: 0,
@@ -96,11 +91,8 @@ impl Clock {
             *total += std::mem::take(part);
         }
         self.tokens += sampled_tokens as u64;
-        let mut line = serde_json::to_string(&Line { step, timings }).expect("timings are numbers");
-        line.push('\n');
-        let written = self.file.write_all(line.as_bytes());
-        written.map_err(|source| write_error(&self.path, source))?;
         self.last = timings;
+        self.log.write([Line { step, timings }])?;
         Ok(timings)
     }
 

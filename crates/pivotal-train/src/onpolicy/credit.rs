@@ -7,8 +7,10 @@ use pivotal_credit::{
 };
 use pivotal_data::Tokenizer;
 use pivotal_kernels::account::{Part, time};
+use pivotal_model::Decoder;
 use serde::{Deserialize, Serialize};
 
+use super::layout::Layout;
 use super::sample::Rollout;
 use super::score::ResponseScore;
 use super::settings::{ScoreSettings, SignalSettings};
@@ -32,20 +34,52 @@ struct State {
 }
 
 /// What the signals and rules are made of, each `[rollouts][tokens]`. Empty lists are not known.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct SignalInputs<'a> {
     /// Log-probabilities of the policy that sampled, in nats.
     pub old_logps: &'a [Vec<f32>],
     /// The same under the reference.
     pub reference_logps: &'a [Vec<f32>],
-    /// The same under the oracle.
-    pub oracle_logps: &'a [Vec<f32>],
+    /// The log-ratio's two sides.
+    pub oracle: &'a OracleLogps,
     /// The factor of the log-ratio.
     pub signal_beta: f32,
     /// The update's advantages.
     pub advantages: &'a [Vec<f32>],
     /// The value model's value of the state before each token.
     pub critic: &'a [Vec<f32>],
+}
+
+/// Log-probabilities at temperature 1, `[rollouts][tokens]` in nats; empty without an oracle.
+///
+/// What an oracle learnt is the ratio of the models themselves, whatever the temperature that responses are sampled at.
+#[derive(Clone, Debug, Default)]
+pub struct OracleLogps {
+    /// Under the oracle.
+    pub oracle: Vec<Vec<f32>>,
+    /// Under the reference.
+    pub reference: Vec<Vec<f32>>,
+}
+
+impl OracleLogps {
+    /// Those of the rollouts of `layout`; nothing without an oracle.
+    ///
+    /// # Errors
+    /// If a sequence does not fit a model.
+    pub fn of(
+        oracle: Option<&Decoder>,
+        reference: &Decoder,
+        layout: &Layout,
+        rollouts: &[Rollout],
+    ) -> Result<Self> {
+        let Some(oracle) = oracle else {
+            return Ok(Self::default());
+        };
+        Ok(Self {
+            oracle: layout.token_logps(oracle, rollouts, 1.0)?,
+            reference: layout.token_logps(reference, rollouts, 1.0)?,
+        })
+    }
 }
 
 impl RolloutCredit {
@@ -277,8 +311,8 @@ fn signals(
     match rule.signal {
         Signal::LogRatio => {
             let what = "a signal that does not need `--oracle`";
-            let oracle = given(inputs.oracle_logps, what)?;
-            let reference = given(inputs.reference_logps, what)?;
+            let OracleLogps { oracle, reference } = inputs.oracle;
+            let (oracle, reference) = (given(oracle, what)?, given(reference, what)?);
             let pairs = oracle.iter().zip(&reference);
             let ratio = |(oracle, reference): (&Vec<f32>, &Vec<f32>)| {
                 Ok(log_ratio(inputs.signal_beta, oracle, reference)?)

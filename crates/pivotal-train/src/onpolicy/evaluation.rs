@@ -83,11 +83,14 @@ impl Evaluator {
     /// [`crate::Error::File`].
     pub fn open(&mut self, run: &Path, step: u64) -> Result<()> {
         let log = StepLog::open(run, "evaluations.jsonl", step)?;
-        let rollouts = StepLog::open(run, "evaluation_rollouts.jsonl", step)?;
         let text = std::fs::read_to_string(run.join("evaluations.jsonl")).unwrap_or_default();
-        let known = |line: Option<&str>| serde_json::from_str(line?).ok();
-        self.first = known(text.lines().next());
-        self.last = known(text.lines().last());
+        let known = |line: &str| serde_json::from_str::<Evaluation>(line).ok();
+        let known: Vec<Evaluation> = text.lines().filter_map(known).collect();
+        // Responses are written before the line that sums them up: those of an evaluation that was cut short go.
+        let whole = |step| known.iter().any(|evaluation| evaluation.step == step);
+        let rollouts = StepLog::open_where(run, "evaluation_rollouts.jsonl", whole)?;
+        self.first = known.first().copied();
+        self.last = known.last().copied();
         self.log = Some((log, rollouts));
         Ok(())
     }

@@ -160,6 +160,17 @@ impl Layout {
     }
 }
 
+impl Minibatch {
+    /// The ids of its prompts: what a gradient that is not finite names.
+    pub fn rows(&self, rollouts: &[Rollout]) -> Vec<u64> {
+        let ids = self.rollouts.iter().map(|&rollout| rollouts[rollout].id);
+        let mut ids: Vec<u64> = ids.collect();
+        ids.sort_unstable();
+        ids.dedup();
+        ids
+    }
+}
+
 impl MicroBatch {
     /// The forward pass that a loss is made of.
     ///

@@ -120,7 +120,7 @@ impl StepLog {
     /// # Errors
     /// [`crate::Error::File`].
     pub fn open(run: &Path, name: &str, step: u64) -> Result<Self> {
-        Self::open_counted(run, name, "step", step)
+        Self::open_where(run, name, |logged| logged <= step)
     }
 
     /// [`StepLog::open`] of lines that know their round: it is their `round` that counts.
@@ -128,17 +128,25 @@ impl StepLog {
     /// # Errors
     /// [`crate::Error::File`].
     pub fn open_rounds(run: &Path, name: &str, round: u64) -> Result<Self> {
-        Self::open_counted(run, name, "round", round)
+        Self::open_counted(run, name, "round", |logged| logged <= round)
     }
 
-    fn open_counted(run: &Path, name: &str, key: &str, last: u64) -> Result<Self> {
+    /// Opens `name` of a run and forgets the steps for which `keep` does not say so, and a line that was torn.
+    ///
+    /// # Errors
+    /// [`crate::Error::File`].
+    pub fn open_where(run: &Path, name: &str, keep: impl Fn(u64) -> bool) -> Result<Self> {
+        Self::open_counted(run, name, "step", keep)
+    }
+
+    fn open_counted(run: &Path, name: &str, key: &str, keep: impl Fn(u64) -> bool) -> Result<Self> {
         let path = run.join(name);
         if path.exists() {
             let bytes = read_file(&path)?;
             let text = String::from_utf8_lossy(&bytes);
             let kept: String = text
                 .lines()
-                .filter(|line| count_of(line, key).is_some_and(|logged| logged <= last))
+                .filter(|line| count_of(line, key).is_some_and(&keep))
                 .flat_map(|line| [line, "\n"])
                 .collect();
             write_atomic(&path, kept.as_bytes())?;

@@ -18,6 +18,10 @@ use crate::workspace::Workspace;
 pub struct ResponseScore {
     /// The weighted sum of the parts, less the penalty.
     pub total: f32,
+    /// The weighted sum of the parts.
+    pub parts: f32,
+    /// The penalty, where it was cut off at its longest length; else 0.
+    pub penalty: f32,
     /// What its checks come to, 0 to 1; `None` without checks.
     pub checks: Option<f32>,
     /// The reward model's values of its tokens; `None` without one.
@@ -105,11 +109,12 @@ impl Scorer {
                 Finish::Length => settings.missing_eos_penalty,
                 Finish::Eos | Finish::Stop => 0.0,
             };
-            let total = settings.check_weight * f64::from(checks.unwrap_or(0.0))
-                + settings.reward_weight * f64::from(reward.unwrap_or(0.0))
-                - penalty;
+            let parts = settings.check_weight * f64::from(checks.unwrap_or(0.0))
+                + settings.reward_weight * f64::from(reward.unwrap_or(0.0));
             Ok(ResponseScore {
-                total: total as f32,
+                total: (parts - penalty) as f32,
+                parts: parts as f32,
+                penalty: penalty as f32,
                 checks,
                 values,
                 reward,

@@ -10,7 +10,7 @@
 //! A dropped token is an action that was taken: the mask, which [`RolloutCredit`](crate::onpolicy::RolloutCredit) makes of
 //! what comes out of here, enters nothing above it. All of it are numbers that models have given, detached from any tape.
 
-use pivotal_core::{SegmentRecord, Sign};
+use pivotal_core::{ErrorKind, HasKind, SegmentRecord, Sign};
 use pivotal_credit::{
     AfterTruncation, Credit, CreditRule, CreditState, Ending, KlController, KlPenalty, KlSum,
     MaskedValues, MissingEos, Response, RunningScale, ScoreRule, Selection, SequenceSign, Signal,
@@ -30,8 +30,10 @@ pub struct Measured {
     pub id: u64,
     /// Which of that prompt's samples it is.
     pub sample: u32,
-    /// The score of the whole response.
+    /// The score of the whole response, before the penalty.
     pub score: f32,
+    /// What is subtracted from it because the response did not end by itself, after the clamp; else 0.
+    pub penalty: f32,
     /// How it ended.
     pub ending: Ending,
     /// Log-probability of each token under the policy that sampled it, in nats, `[tokens]`.
@@ -231,7 +233,7 @@ impl Shaper {
             .iter()
             .map(|one| vec![true; one.old_logps.len()])
             .collect();
-        let mut rewards = self.rewards(batch, &task, &masks, &mut numbers)?;
+        let mut rewards = self.rewards(batch, &task, &masks, &mut numbers, step)?;
         let variance = settings.whiten_variance.into();
         if settings.whiten_rewards {
             whitened(&mut rewards, &masks, WhitenMean::Kept, variance)?;
@@ -265,21 +267,21 @@ impl Shaper {
 
     /// Scores as they are paid.
     fn scores(&mut self, batch: &[Measured], numbers: &mut ExperienceNumbers) -> Result<Vec<f32>> {
-        let rule = ScoreRule {
-            clamp: above_zero(self.settings.score_clamp),
-            // The scorer has taken its penalty already.
-            missing_eos: MissingEos::Ignore,
-        };
         let mut scores = Vec::with_capacity(batch.len());
         let share = 1.0 / batch.len().max(1) as f64;
         for one in batch {
+            // A penalty before the clamp would be lost where the score is beyond it.
+            let rule = ScoreRule {
+                clamp: above_zero(self.settings.score_clamp),
+                missing_eos: MissingEos::Penalty(one.penalty),
+            };
             let shaped = rule.shape(one.score, one.ending)?;
             numbers.clamped_scores += usize::from(shaped.clamped);
             numbers.truncated_fraction += share * f64::from(u8::from(shaped.missing_eos));
             numbers.response_tokens += share * one.old_logps.len() as f64;
             scores.push(shaped.score);
         }
-        let given: Vec<f32> = batch.iter().map(|one| one.score).collect();
+        let given: Vec<f32> = batch.iter().map(|one| one.score - one.penalty).collect();
         (numbers.score, numbers.score_std) = mean_and_std(&given);
         let paid = self
             .scale
@@ -304,7 +306,7 @@ impl Shaper {
                 signal,
             };
             let own = vec![true; batch[index].old_logps.len()];
-            Ok(spread_reward(spread, parts, &own)?)
+            Ok::<_, Error>(spread_reward(spread, parts, &own)?)
         };
         let Some((signal, credit)) = &mut self.spread else {
             return (0..batch.len()).map(|index| pay(index, &[], &[])).collect();
@@ -330,7 +332,14 @@ impl Shaper {
         let given = credit.assign(&responses)?;
         let segments = given.iter().enumerate();
         segments
-            .map(|(index, given)| pay(index, &given.segments, &signals[index]))
+            .map(|(index, given)| {
+                let mut rewards: Vec<f32> = pay(index, &given.segments, &signals[index])?;
+                // These rewards are the signal's, which knows no end: what a missing one costs is paid there.
+                if let Some(last) = rewards.last_mut() {
+                    *last -= batch[index].penalty;
+                }
+                Ok(rewards)
+            })
             .collect()
     }
 
@@ -341,6 +350,7 @@ impl Shaper {
         task: &[Vec<f32>],
         masks: &[Vec<bool>],
         numbers: &mut ExperienceNumbers,
+        step: u64,
     ) -> Result<Vec<Vec<f32>>> {
         let penalty = KlPenalty {
             kl_coef: self.controller.kl_coef(),
@@ -351,7 +361,16 @@ impl Shaper {
         let mut sum = KlSum::default();
         let mut rewards = Vec::with_capacity(batch.len());
         for ((one, task), mask) in batch.iter().zip(task).zip(masks) {
-            let shaped = penalty.rewards(&one.old_logps, &one.reference_logps, task, mask)?;
+            let shaped = penalty.rewards(&one.old_logps, &one.reference_logps, task, mask);
+            let shaped = shaped.map_err(|error| match error.kind() {
+                // All that goes in is finite: k3 of a token that is far off is not.
+                ErrorKind::NotFinite => Error::NotFinite {
+                    step,
+                    metric: "rewards",
+                    samples: vec![one.id],
+                },
+                _ => error.into(),
+            })?;
             sum.merge(&shaped.kl);
             numbers.clamped_log_ratios += shaped.clamped_log_ratios;
             numbers.clamped_kls += shaped.clamped_kls;

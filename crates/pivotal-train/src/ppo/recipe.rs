@@ -13,15 +13,15 @@ use super::experience::{Experience, ExperienceNumbers, Measured, Shaper, ShaperS
 use super::models::{Models, POLICY, VALUE};
 use super::settings::{PpoFlags, PpoSettings};
 use super::update::{
-    UpdateInputs, UpdateNumbers, UpdateRule, UpdateSums, policy_gradients, rollout_values, rows,
+    UpdateInputs, UpdateNumbers, UpdateRule, UpdateSums, policy_gradients, rollout_values,
     value_gradients,
 };
 use crate::checkpoint;
 use crate::diagnosis::{CreditNumbers, WarningFlags, WarningSettings};
 use crate::error::{Error, Result};
 use crate::onpolicy::{
-    Clock, Cutting, EvalFlags, EvalSettings, Evaluation, Evaluator, Layout, Minibatch, Prompt,
-    PromptFlags, PromptSettings, ResponseScore, Rollout, RolloutCredit, RolloutFlags,
+    Clock, Cutting, EvalFlags, EvalSettings, Evaluation, Evaluator, Layout, Minibatch, OracleLogps,
+    Prompt, PromptFlags, PromptSettings, ResponseScore, Rollout, RolloutCredit, RolloutFlags,
     RolloutRecord, RolloutSettings, Sampler, ScoreFlags, ScoreSettings, Scorer, SignalFlags,
     SignalInputs, SignalSettings, StepLog, Timings, from_state_text, gap, masks, read_prompts,
     state_text,
@@ -210,6 +210,15 @@ fn check(config: &PpoConfig) -> Result<()> {
             expected: "left out: `--prompts`, `--samples` and `--minibatches` say how many responses a step has",
         });
     }
+    let responses = (config.rollout.prompts * config.rollout.samples) as u64;
+    let horizon = config.ppo.kl_horizon;
+    if config.ppo.kl_target > 0.0 && responses >= 5 * horizon {
+        return Err(Error::Setting {
+            key: "kl-horizon",
+            found: horizon.to_string(),
+            expected: "more than a fifth of a step's responses, `--prompts` times `--samples`",
+        });
+    }
     let rule = config.credit.resolve()?;
     let has_reward_model = !config.score.reward_model.as_os_str().is_empty();
     Shaper::new(&config.ppo, &rule, has_reward_model, config.run.seed, None)?;
@@ -268,7 +277,7 @@ struct Training<'a> {
 struct Observed {
     old_logps: Vec<Vec<f32>>,
     reference_logps: Vec<Vec<f32>>,
-    oracle_logps: Vec<Vec<f32>>,
+    oracle: OracleLogps,
     values: Vec<ResponseValues>,
 }
 
@@ -402,7 +411,7 @@ impl Training<'_> {
         let inputs = SignalInputs {
             old_logps: &observed.old_logps,
             reference_logps: &observed.reference_logps,
-            oracle_logps: &observed.oracle_logps,
+            oracle: &observed.oracle,
             signal_beta: config.signal.signal_beta as f32,
             advantages: &experience.advantages,
             critic: &experience.old_values,
@@ -480,15 +489,15 @@ impl Training<'_> {
             Ok::<_, Error>((old_logps, rollout_values(layout, value, rollouts)?))
         })?;
         let (reference, oracle) = (&self.reference, self.oracle.as_ref());
-        let (reference_logps, oracle_logps) = self.clock.scoring(|| {
+        let (reference_logps, oracle) = self.clock.scoring(|| {
             let reference_logps = layout.token_logps(reference, rollouts, temperature)?;
-            let oracle = oracle.map(|oracle| layout.token_logps(oracle, rollouts, temperature));
-            Ok::<_, Error>((reference_logps, oracle.transpose()?.unwrap_or_default()))
+            let oracle = OracleLogps::of(oracle, reference, layout, rollouts)?;
+            Ok::<_, Error>((reference_logps, oracle))
         })?;
         Ok(Observed {
             old_logps,
             reference_logps,
-            oracle_logps,
+            oracle,
             values,
         })
     }
@@ -506,7 +515,8 @@ impl Training<'_> {
                 Ok(Measured {
                     id: rollout.id,
                     sample: rollout.sample as u32,
-                    score: score.total,
+                    score: score.parts,
+                    penalty: score.penalty,
                     ending: match rollout.finish {
                         Finish::Length => Ending::Truncated,
                         Finish::Eos | Finish::Stop => Ending::Eos,
@@ -554,7 +564,7 @@ fn update(
             Error::NotFinite { .. } => Error::NotFinite {
                 step,
                 metric,
-                samples: rows(minibatch, inputs.rollouts),
+                samples: minibatch.rows(inputs.rollouts),
             },
             other => other,
         })

@@ -258,19 +258,6 @@ pub fn value_gradients(
     Ok(sum)
 }
 
-/// The rows of a minibatch: what a gradient that is not finite names.
-pub(super) fn rows(minibatch: &Minibatch, rollouts: &[Rollout]) -> Vec<u64> {
-    let mut ids: Vec<u64> = minibatch
-        .rollouts
-        .iter()
-        .copied()
-        .map(|rollout| rollouts[rollout].id)
-        .collect();
-    ids.sort_unstable();
-    ids.dedup();
-    ids
-}
-
 fn index(micro: &MicroBatch, gathers: &[Gather]) -> Result<ResponseIndex> {
     let spans = (0..micro.pack.responses.len()).map(|response| micro.pack.response_span(response));
     let of = gathers.iter().map(|gather| gather.response).collect();

@@ -17,7 +17,7 @@ use crate::checkpoint;
 use crate::diagnosis::{CreditNumbers, WarningFlags, WarningSettings};
 use crate::error::{Error, Result};
 use crate::onpolicy::{
-    Clock, Cutting, EvalFlags, EvalSettings, Evaluation, Evaluator, Layout, Prompt,
+    Clock, Cutting, EvalFlags, EvalSettings, Evaluation, Evaluator, Layout, OracleLogps, Prompt,
     PromptFlags, PromptSettings, ResponseScore, Rollout, RolloutCredit, RolloutFlags,
     RolloutSettings, Sampler, ScoreFlags, ScoreSettings, Scorer, SignalFlags, SignalInputs,
     SignalSettings, Timings, masks, read_prompts,
@@ -418,7 +418,7 @@ impl Training<'_> {
         let needed = rule.needed_columns();
         let reads = |column: TokenColumn| needed.iter().any(|(needed, _)| *needed == column);
         let of_policy = reads(TokenColumn::OldTokenLogps) || reads(TokenColumn::TokenLogps);
-        let of_reference = needs_log_ratio(&rule) || reads(TokenColumn::ReferenceTokenLogps);
+        let of_reference = reads(TokenColumn::ReferenceTokenLogps);
         let (policy, reference, oracle) = (&self.policy, &self.reference, self.oracle.as_ref());
         self.clock.scoring(|| {
             let cutting = Cutting {
@@ -439,13 +439,14 @@ impl Training<'_> {
                 own.copied().all(f32::is_finite)
             })?;
             let reference_logps = logps(of_reference.then_some(reference))?;
-            let oracle_logps = logps(oracle)?;
+            let oracle = OracleLogps::of(oracle, reference, &layout, chosen)?;
             let inputs = SignalInputs {
                 old_logps: &old_logps,
                 reference_logps: &reference_logps,
-                oracle_logps: &oracle_logps,
+                oracle: &oracle,
                 signal_beta: config.signal.signal_beta as f32,
-                ..SignalInputs::default()
+                advantages: &[],
+                critic: &[],
             };
             let signs = vec![Sign::Positive; chosen.len()];
             credit.assign(chosen, scores, &signs, inputs, tokenizer)

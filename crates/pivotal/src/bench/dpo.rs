@@ -45,6 +45,7 @@ pub(crate) fn measure(bench: &Bench, count: usize) -> Result<(Steps, Outcome), F
         beta: 0.1,
         normalisation: Normalisation::Sum,
         dropped_every: 0,
+        reference: None,
     };
     let settings = optimizer_settings(&bench.settings);
     let mut policy = bench.subject.policy(lora_rank)?;

@@ -242,6 +242,7 @@ impl Task for Training {
             beta: 0.1,
             normalisation: Normalisation::Sum,
             dropped_every: 0,
+            reference: None,
         };
         let batch: Vec<usize> = (0..items.len()).collect();
         optimize(
