@@ -46,25 +46,25 @@ FORBIDDEN = {
 # Each wording is used with `.format`; those of "new" appear in held-out rows alone.
 WORDINGS = {
     "lower_case": {
-        "seen": ["Write one sentence about {topic}. Use lower case letters only.",
-                 "Tell me something about {topic}, all in lower case.",
-                 "In one sentence, describe {topic}. Do not use any capital letters.",
-                 "Answer in lower case: what do people like about {topic}?"],
-        "new": ["Say one thing about {topic} without a single upper case letter.",
-                "Please keep everything in lower case. What is {topic}?"],
+        "seen": ["Name three things that go with {topic}. Write in lower case only, with commas between.",
+                 "what is {topic}? answer in lower case, as i do.",
+                 "Name three words about {topic}, all in lower case.",
+                 "say something about {topic}, without any capital letter please."],
+        "new": ["tell me what people like about {topic}. lower case only!",
+                "List three things one can do with {topic}. No upper case letters."],
     },
-    "capitals": {
-        "seen": ["Write one short sentence about {topic}. Use capital letters only.",
-                 "Tell me one thing about {topic}, all in capital letters.",
-                 "In one short sentence, describe {topic}. Do not use any lower case letters.",
-                 "Answer in capital letters: what do people like about {topic}?"],
-        "new": ["Say one thing about {topic} in upper case.",
-                "Please write everything in capitals. What is {topic}?"],
+    "question": {
+        "seen": ["Ask one question about {topic}. Say nothing else.",
+                 "What would a child ask about {topic}? Write the question alone.",
+                 "Write a single question on {topic}.",
+                 "Give me a quiz question about {topic}, without its answer."],
+        "new": ["I am an expert on {topic}. Ask me something.",
+                "Put one short question about {topic} to the class."],
     },
     "bullets": {
-        "seen": ["Give exactly {count} bullet points about {topic}. A few words each.",
+        "seen": ["Give exactly {count} bullet points about {topic}. Begin each line with \"- \".",
                  "List {count} short facts about {topic} as bullet points that begin with \"-\".",
-                 "Write {count} bullet points on {topic}, each of a few words.",
+                 "- Write {count} bullet points on {topic}\n- Use lines like these\n- A few words each",
                  "I need {count} very short bullet points about {topic}."],
         "new": ["Sum up {topic} in {count} brief bullet points.",
                 "A list of {count} bullets about {topic}, please. Keep each one short."],
@@ -141,8 +141,8 @@ class Side:
         fields, checks = {"topic": topic}, []
         if kind == "lower_case":
             checks = [{"kind": "lower_case"}]
-        elif kind == "capitals":
-            checks = [{"kind": "regex", "pattern": "^[^a-z]*[A-Z][^a-z]*$"}]
+        elif kind == "question":
+            checks = [{"kind": "ends_with", "phrase": "?"}]
         elif kind == "bullets":
             fields["count"] = self.draw("bullets", [2, 3, 4])
             checks = [{"kind": "bullets", "count": fields["count"]}]
@@ -172,7 +172,7 @@ class Side:
 
 def rows(seed, train_a_kind, held_out_a_kind):
     """Both files' rows. An unordered pair of operands belongs to one side, whatever is done with it."""
-    pairs = [(a, b) for a in range(2, 31) for b in range(2, a)]
+    pairs = [(a, b) for a in range(2, 13) for b in range(2, a + 1)]
     random.Random(f"{seed} pairs").shuffle(pairs)
     cut = len(pairs) * 4 // 5
     train, held_out = Side("train", pairs[:cut], seed), Side("held_out", pairs[cut:], seed)
