@@ -122,6 +122,11 @@ def user(text):
     return [{"role": "user", "content": text}]
 
 
+def words(count):
+    """The check that a response has so many words at least."""
+    return {"kind": "regex", "pattern": f"^\\s*(\\S+\\s+){{{count - 1},}}\\S"}
+
+
 class Side:
     """What one of the two files may draw from. Every list is dealt out like a pack of cards before anything comes again."""
 
@@ -140,24 +145,24 @@ class Side:
         topic = self.draw((kind, "topic"), TOPICS[self.name])
         fields, checks = {"topic": topic}, []
         if kind == "lower_case":
-            checks = [{"kind": "lower_case"}]
+            checks = [{"kind": "lower_case"}, words(3)]
         elif kind == "question":
-            checks = [{"kind": "ends_with", "phrase": "?"}]
+            checks = [{"kind": "ends_with", "phrase": "?"}, words(4)]
         elif kind == "bullets":
             fields["count"] = self.draw("bullets", [2, 3, 4])
-            checks = [{"kind": "bullets", "count": fields["count"]}]
+            checks = [{"kind": "bullets", "count": fields["count"]}, words(3 * fields["count"])]
         elif kind == "ends_with":
             fields["phrase"] = self.draw("phrase", PHRASES[self.name])
-            checks = [{"kind": "ends_with", "phrase": fields["phrase"]}]
+            checks = [{"kind": "ends_with", "phrase": fields["phrase"]}, words(5)]
         elif kind == "contains":
             fields["word"] = self.draw("required", REQUIRED[self.name])
-            checks = [{"kind": "contains", "word": fields["word"]}]
+            checks = [{"kind": "contains", "word": fields["word"]}, words(5)]
         elif kind == "omits":
             fields["word"] = self.draw("forbidden", FORBIDDEN[self.name])
-            checks = [{"kind": "omits", "word": fields["word"]}]
+            checks = [{"kind": "omits", "word": fields["word"]}, words(5)]
         elif kind == "max_words":
             fields["count"] = self.draw("max_words", [6, 7, 8, 9, 10])
-            checks = [{"kind": "max_words", "count": fields["count"]}]
+            checks = [{"kind": "max_words", "count": fields["count"]}, words(4)]
         row = {"kind": kind, "wording": wording}
         template = self.draw((kind, wording), WORDINGS[kind][wording])
         if kind == "arithmetic":
