@@ -25,7 +25,7 @@ class Run:
         self.all = collections.defaultdict(dict)
         for line in (path / "evaluation_rollouts.jsonl").read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
-            self.scores[record["step"]][record["id"]] = record["score"]
+            self.scores[record["step"]][record["id"]] = record["checks"]
             self.all[record["step"]][record["id"]] = float(record["checks"] == 1.0)
         self.first, self.last = min(self.scores), max(self.scores)
         self.timings = [json.loads(line) for line in (path / "timings.jsonl").read_text(encoding="utf-8").splitlines()]
