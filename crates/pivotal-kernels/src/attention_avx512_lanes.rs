@@ -8,7 +8,7 @@ use std::arch::x86_64::{
 use crate::attention_avx512::{
     TILE, VECTOR, bits, elements, load, load_part, padded, store, store_part,
 };
-use crate::bf16::transpose;
+use crate::panels::transpose;
 use crate::parallel::SharedOut;
 use crate::plan::{AttentionShape, BLOCK_LANES, LaneBlock};
 

@@ -6,16 +6,18 @@
 //!
 //! The sums are those of [`multiply_packed`](crate::bf16::multiply_packed), bit for bit.
 
-use crate::bf16::{BLOCK_PAIRS, COLUMNS, ROWS, Tile, available, multiply_rows, packed_words};
+use crate::bf16::{BLOCK_PAIRS, Tile, available, multiply_packed, multiply_rows};
 use crate::matmul::{ProductShape, Store};
+use crate::panels::{COLUMNS, ROWS, left_words, packed_words, padded_pairs};
 use crate::parallel::{SharedOut, for_each_block};
+use crate::processor::{Processor, processor};
 
 /// The most rows this is for: the packed rows stay in the second-level cache.
 pub(crate) const MOST_ROWS: usize = 64;
 /// Words of weight in a task (110 KiB, two panels of 576 inputs).
 const TASK_WORDS: usize = 28 << 10;
 
-/// `out (+)= left · right`: `left` packed in panels of [`ROWS`] rows, `right` in panels of [`COLUMNS`] columns.
+/// `out (+)= left · right`: `left` packed by `pack_left`, `right` in panels of [`COLUMNS`] columns.
 ///
 /// # Panics
 /// If the instructions are missing or a slice is too short.
@@ -29,13 +31,14 @@ pub(crate) fn multiply_few(
     let ProductShape { m, n, k } = shape;
     assert!(available(), "bf16 instructions are missing");
     assert!(out.len() >= m * n);
-    assert!(
-        left.len() >= packed_words::<ROWS>(m, k) && right.len() >= packed_words::<COLUMNS>(n, k)
-    );
+    assert!(left.len() >= left_words(m, k) && right.len() >= packed_words::<COLUMNS>(n, k));
     if m == 0 || n == 0 {
         return;
     }
-    let pairs = k.div_ceil(2);
+    if processor() == Processor::Amx {
+        return multiply_packed(left, right, out, (n, 0), shape, store);
+    }
+    let (pairs, padded) = (k.div_ceil(2), padded_pairs(k));
     let block = (TASK_WORDS / (pairs * COLUMNS).max(1)).max(1);
     let target = SharedOut::new(out);
     for_each_block(n.div_ceil(COLUMNS), block, m * n * k / 2, |panels| {
@@ -54,9 +57,9 @@ pub(crate) fn multiply_few(
                             add: store == Store::Add || start > 0,
                         };
                         let left = left.as_ptr().cast::<u32>();
-                        let left = left.add(row * pairs + start * ROWS);
+                        let left = left.add(row * padded + start * ROWS);
                         let right = right.as_ptr().cast::<u32>();
-                        let right = right.add(column * pairs + start * COLUMNS);
+                        let right = right.add(column * padded + start * COLUMNS);
                         multiply_rows(ROWS.min(m - row), left, right, depth, tile);
                     }
                 }

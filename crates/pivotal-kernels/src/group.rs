@@ -6,45 +6,54 @@ use std::arch::x86_64::{
     _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_setzero_ps,
 };
 
-use crate::bf16::{COLUMNS, ROWS, available, first_lanes, packed_words};
+use crate::amx;
+use crate::bf16::available;
 use crate::matmul::Store;
+use crate::panels::{
+    COLUMNS, ROWS, TILE_ROWS, first_lanes, left_words, packed_words, padded_pairs,
+};
 use crate::parallel::{SharedOut, for_each_block};
+use crate::processor::{Processor, processor};
 
 /// Rows of one task: its left panels stay in the second-level cache.
 const TASK_ROWS: usize = 128;
+/// Rows at which a task has fewer right panels, so many words of them.
+const MOST_FEW_ROWS: usize = 64;
+const TASK_WORDS: usize = 28 << 10;
 /// Right panels of one task.
 const TASK_PANELS: usize = 8;
-/// Pairs summed in registers before the sums go to memory: a right panel of that depth is 192 KiB.
+/// Pairs summed in registers before the sums go to memory, a multiple of 16: a right panel of that depth is 192 KiB.
 const RUN_PAIRS: usize = 1024;
 /// Segments summed in registers at most.
 const RUN_PIECES: usize = 6;
 
-/// `left · right`: a stretch of the pairs of two packed operands.
+/// `left · right`: a packed operand times a stretch of the pairs of another.
 #[derive(Clone, Copy)]
 pub(crate) struct Segment<'a> {
-    /// Panels of 8 rows.
+    /// Packed by `pack_left`.
     pub(crate) left: &'a [f32],
     /// Panels of 48 columns.
     pub(crate) right: &'a [f32],
-    /// Pairs of the left operand, and the first one that counts.
-    pub(crate) left_pairs: (usize, usize),
-    /// Pairs of the right operand, and the first one that counts.
+    /// Pairs of a panel of the right operand, and the first one that counts: a multiple of 16.
     pub(crate) right_pairs: (usize, usize),
-    /// How many count.
+    /// How many count: all of the left operand.
     pub(crate) pairs: usize,
 }
 
 impl<'a> Segment<'a> {
     /// The whole of two operands whose sums are `k` long.
     pub(crate) fn whole(left: &'a [f32], right: &'a [f32], k: usize) -> Self {
-        let pairs = k.div_ceil(2);
         Self {
             left,
             right,
-            left_pairs: (pairs, 0),
-            right_pairs: (pairs, 0),
-            pairs,
+            right_pairs: (padded_pairs(k), 0),
+            pairs: k.div_ceil(2),
         }
+    }
+
+    /// Pairs of a panel of the left operand.
+    fn left_pairs(&self) -> usize {
+        padded_pairs(2 * self.pairs)
     }
 }
 
@@ -88,13 +97,13 @@ pub(crate) fn multiply_jobs(
     for (index, job) in jobs.iter().enumerate() {
         assert!(job.out_column + job.columns <= stride);
         for segment in job.segments {
-            let (left, right) = (segment.left_pairs, segment.right_pairs);
+            let (right, first) = segment.right_pairs;
             assert!(
-                left.1 + segment.pairs <= left.0 && right.1 + segment.pairs <= right.0,
+                first.is_multiple_of(16) && first + segment.left_pairs() <= right,
                 "a segment reaches beyond its operands"
             );
-            assert!(segment.left.len() >= packed_words::<ROWS>(rows, 2 * left.0));
-            assert!(segment.right.len() >= packed_words::<COLUMNS>(job.columns, 2 * right.0));
+            assert!(segment.left.len() >= left_words(rows, 2 * segment.pairs));
+            assert!(segment.right.len() >= packed_words::<COLUMNS>(job.columns, 2 * right));
             work += rows * job.columns * segment.pairs;
         }
         panels.extend((0..job.columns.div_ceil(COLUMNS)).map(|panel| (index, panel)));
@@ -103,14 +112,22 @@ pub(crate) fn multiply_jobs(
         return;
     }
     let row_tasks = rows.div_ceil(TASK_ROWS);
-    let panel_tasks = panels.len().div_ceil(TASK_PANELS);
+    let task_panels = match rows <= MOST_FEW_ROWS {
+        // Few rows are bound by reading the panels, and a layer has few of them: two threads must end together.
+        true => (TASK_WORDS * rows * panels.len() / work.max(1)).clamp(1, TASK_PANELS),
+        false => TASK_PANELS,
+    };
+    let panel_tasks = panels.len().div_ceil(task_panels);
+    let with_tiles = processor() == Processor::Amx;
     let target = SharedOut::new(out);
     for_each_block(row_tasks * panel_tasks, 1, work, |tasks| {
+        // SAFETY: this is AMX's path.
+        let tiles = with_tiles.then(|| unsafe { amx::Tiles::configure() });
         for task in tasks {
             let first_row = task / panel_tasks * TASK_ROWS;
             let task_rows = first_row..(first_row + TASK_ROWS).min(rows);
-            let first = task % panel_tasks * TASK_PANELS;
-            for &(job, panel) in &panels[first..(first + TASK_PANELS).min(panels.len())] {
+            let first = task % panel_tasks * task_panels;
+            for &(job, panel) in &panels[first..(first + task_panels).min(panels.len())] {
                 let job = &jobs[job];
                 let column = panel * COLUMNS;
                 // SAFETY: the features and the operands' lengths were asserted above; the tiles lie inside `out`, and
@@ -122,7 +139,13 @@ pub(crate) fn multiply_jobs(
                         columns: COLUMNS.min(job.columns - column),
                         add: store == Store::Add,
                     };
-                    multiply_panel(job.segments, column, task_rows.clone(), tile);
+                    multiply_panel(
+                        job.segments,
+                        column,
+                        task_rows.clone(),
+                        tile,
+                        tiles.as_ref(),
+                    );
                 }
             }
         }
@@ -139,6 +162,7 @@ unsafe fn multiply_panel(
     column: usize,
     rows: std::ops::Range<usize>,
     mut tile: Tile,
+    tiles: Option<&amx::Tiles>,
 ) {
     let mut run = [(0, 0, 0); RUN_PIECES];
     let (mut pieces, mut depth, mut at) = (0, 0, (0, 0));
@@ -148,8 +172,16 @@ unsafe fn multiply_panel(
         let exhausted = segment == segments.len();
         if exhausted || depth == RUN_PAIRS || pieces == RUN_PIECES {
             if depth > 0 || !tile.add {
+                let run = &run[..pieces];
                 // SAFETY: passed on to the caller.
-                unsafe { multiply_run(segments, &run[..pieces], column, rows.clone(), tile) };
+                unsafe {
+                    match tiles {
+                        Some(tiles) => {
+                            multiply_run_amx(tiles, segments, run, column, rows.clone(), tile);
+                        }
+                        None => multiply_run(segments, run, column, rows.clone(), tile),
+                    }
+                }
                 tile.add = true;
             }
             (pieces, depth) = (0, 0);
@@ -161,7 +193,7 @@ unsafe fn multiply_panel(
         if take > 0 {
             run[pieces] = (segment, first, take);
             pieces += 1;
-            depth += take;
+            depth += take.next_multiple_of(16);
         }
         at = if first + take == segments[segment].pairs {
             (segment + 1, 0)
@@ -191,10 +223,10 @@ unsafe fn multiply_run(
             let Segment {
                 left,
                 right,
-                left_pairs,
                 right_pairs,
                 ..
             } = segments[segment];
+            let left_pairs = segments[segment].left_pairs();
             // SAFETY: `multiply_jobs` asserted that the panels of `row` and `column` lie inside the operands, with
             // `first + pairs` pairs behind the segment's beginning.
             *piece = unsafe {
@@ -202,7 +234,7 @@ unsafe fn multiply_run(
                     left: left
                         .as_ptr()
                         .cast::<u32>()
-                        .add(row * left_pairs.0 + (left_pairs.1 + first) * ROWS),
+                        .add(row * left_pairs + first * ROWS),
                     right: right
                         .as_ptr()
                         .cast::<u32>()
@@ -228,6 +260,57 @@ unsafe fn multiply_run(
                 7 => multiply_tile::<7>(pieces, tile),
                 _ => multiply_tile::<8>(pieces, tile),
             }
+        }
+    }
+}
+
+/// The same with AMX: blocks of 32 rows.
+///
+/// # Safety
+/// As for [`multiply_panel`].
+unsafe fn multiply_run_amx(
+    tiles: &amx::Tiles,
+    segments: &[Segment<'_>],
+    run: &[(usize, usize, usize)],
+    column: usize,
+    rows: std::ops::Range<usize>,
+    tile: Tile,
+) {
+    let mut pieces = [amx::Piece::NONE; RUN_PIECES];
+    for row in rows.clone().step_by(amx::BLOCK_ROWS) {
+        let block_rows = amx::BLOCK_ROWS.min(rows.end - row);
+        for (piece, &(segment, first, pairs)) in pieces.iter_mut().zip(run) {
+            let segment = &segments[segment];
+            let (left_pairs, right_pairs) = (segment.left_pairs(), segment.right_pairs);
+            // SAFETY: `multiply_jobs` asserted that the panels of `row` and `column` lie inside the operands, with
+            // `first + pairs` pairs, rounded up to tiles, behind the segment's beginning.
+            *piece = unsafe {
+                let left = segment.left.as_ptr().cast::<u32>();
+                let left = left.add(row * left_pairs + first * TILE_ROWS);
+                let below = match block_rows > TILE_ROWS {
+                    true => left.add(TILE_ROWS * left_pairs),
+                    false => left,
+                };
+                let right = segment.right.as_ptr().cast::<u32>();
+                let right = right.add(column * right_pairs.0 + (right_pairs.1 + first) * COLUMNS);
+                amx::Piece {
+                    left,
+                    below,
+                    right,
+                    tiles: pairs.div_ceil(16),
+                }
+            };
+        }
+        // SAFETY: the block's rows are the caller's.
+        unsafe {
+            let block = amx::Block {
+                out: tile.out.add(row * tile.stride),
+                stride: tile.stride,
+                rows: block_rows,
+                columns: tile.columns,
+                add: tile.add,
+            };
+            amx::multiply(tiles, &pieces[..run.len()], block);
         }
     }
 }
@@ -284,20 +367,29 @@ unsafe fn multiply_tile<const R: usize>(pieces: &[Piece], tile: Tile) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bf16::{Source, pack};
     use crate::matmul::ProductShape;
-    use crate::testing::{assert_close, naive_product, on_threads, random};
+    use crate::panels::{Source, pack, pack_left};
+    use crate::testing::{assert_close, naive_product, on_each_vector, on_threads, random};
 
-    fn packed<const W: usize>(values: &[f32], lines: usize, k: usize) -> Vec<f32> {
-        let mut words = vec![0.0; packed_words::<W>(lines, k)];
-        let source = Source {
+    fn dense(values: &[f32], lines: usize, k: usize) -> Source<'_> {
+        Source {
             values,
             line_stride: k,
             k_stride: 1,
             lines,
             k,
-        };
-        pack::<W>(source, &mut words);
+        }
+    }
+
+    fn pack_rows(values: &[f32], lines: usize, k: usize) -> Vec<f32> {
+        let mut words = vec![f32::NAN; left_words(lines, k)];
+        pack_left(dense(values, lines, k), &mut words);
+        words
+    }
+
+    fn pack_columns(values: &[f32], lines: usize, k: usize) -> Vec<f32> {
+        let mut words = vec![f32::NAN; packed_words::<COLUMNS>(lines, k)];
+        pack::<COLUMNS>(dense(values, lines, k), &mut words);
         words
     }
 
@@ -310,9 +402,6 @@ mod tests {
 
     /// Two jobs over `rows`: the first sums products of lengths `ks`, the second is one of length `ks[0]`.
     fn run(rows: usize, columns: [usize; 2], ks: &[usize], store: Store) {
-        if !available() {
-            return;
-        }
         let lefts: Vec<_> = ks
             .iter()
             .map(|k| rounded(&random(rows * k, 1 + *k as u64)))
@@ -325,14 +414,14 @@ mod tests {
         let left_words: Vec<_> = lefts
             .iter()
             .zip(ks)
-            .map(|(x, k)| packed::<ROWS>(x, rows, *k))
+            .map(|(x, k)| pack_rows(x, rows, *k))
             .collect();
         let right_words: Vec<_> = rights
             .iter()
             .zip(ks)
-            .map(|(x, k)| packed::<COLUMNS>(x, columns[0], *k))
+            .map(|(x, k)| pack_columns(x, columns[0], *k))
             .collect();
-        let second_words = packed::<COLUMNS>(&second, columns[1], ks[0]);
+        let second_words = pack_columns(&second, columns[1], ks[0]);
         let segments: Vec<_> = ks
             .iter()
             .enumerate()
@@ -422,36 +511,36 @@ mod tests {
 
     #[test]
     fn jobs_are_the_sums_of_their_segments() {
-        for rows in [1, 7, 63, 64, 65, 130] {
-            for columns in [[1, 48], [47, 16], [49, 97]] {
-                run(rows, columns, &[33, 16, 1], Store::Replace);
-                run(rows, columns, &[64], Store::Add);
+        on_each_vector(|| {
+            for rows in [0, 1, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 130] {
+                for columns in [[1, 48], [47, 16], [49, 97], [32, 31]] {
+                    run(rows, columns, &[33, 16, 1], Store::Replace);
+                    run(rows, columns, &[64], Store::Add);
+                }
             }
-        }
-        run(9, [50, 3], &[2100, 31, 2047, 4], Store::Replace);
-        run(3, [400, 50], &[8, 8, 8, 8, 8, 8, 8, 8], Store::Add);
+            run(9, [50, 3], &[2100, 31, 2047, 4], Store::Replace);
+            run(3, [400, 50], &[8, 8, 8, 8, 8, 8, 8, 8], Store::Add);
+        });
     }
 
     #[test]
     fn a_stretch_of_pairs_is_the_product_of_those_columns() {
-        if !available() {
-            return;
-        }
-        let (rows, columns, k) = (10, 60, 40);
-        let (left, right) = (
-            rounded(&random(rows * k, 1)),
-            rounded(&random(columns * k, 2)),
-        );
+        on_each_vector(|| a_stretch(10, 60));
+    }
+
+    fn a_stretch(rows: usize, columns: usize) {
+        let (k, whole) = (20, 90);
+        let left = rounded(&random(rows * k, 1));
+        let right = rounded(&random(columns * whole, 2));
         let (left_words, right_words) = (
-            packed::<ROWS>(&left, rows, k),
-            packed::<COLUMNS>(&right, columns, k),
+            pack_rows(&left, rows, k),
+            pack_columns(&right, columns, whole),
         );
         let segment = Segment {
             left: &left_words,
             right: &right_words,
-            left_pairs: (20, 5),
-            right_pairs: (20, 7),
-            pairs: 6,
+            right_pairs: (padded_pairs(whole), 16),
+            pairs: k / 2,
         };
         let mut out = vec![f32::NAN; rows * columns];
         let job = Job {
@@ -463,13 +552,13 @@ mod tests {
         let shape = ProductShape {
             m: rows,
             n: columns,
-            k: 12,
+            k,
         };
         let expected = naive_product(
-            &left[10..],
+            &left,
             (k, 1),
-            &right[14..],
-            (1, k),
+            &right[32..],
+            (1, whole),
             &[],
             shape,
             Store::Replace,

@@ -9,10 +9,12 @@
 //! Threads come from rayon's current pool. No result depends on how many there are: work is cut into blocks whose size is
 //! fixed by the shapes, and every sum runs in one fixed order.
 //!
-//! What the processor offers beyond the compile-time target (AVX-512, bf16 dot products) is found at run time; the portable
+//! What the processor offers beyond the compile-time target (AVX-512, bf16 dot products, AMX's tiles) is found at run time; the portable
 //! path is never absent.
 
 pub mod account;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod attention_avx512;
@@ -39,8 +41,11 @@ mod logps;
 mod matmul;
 mod norm;
 mod packed;
+#[cfg(target_arch = "x86_64")]
+mod panels;
 mod parallel;
 mod plan;
+mod processor;
 mod rope;
 mod rows;
 mod small;
@@ -64,6 +69,7 @@ pub use norm::{RmsNormGradients, rms_norm_backward, rms_norm_forward};
 pub use packed::PackedWeight;
 pub use parallel::zeros;
 pub use plan::{AttentionPlan, AttentionShape, Span};
+pub use processor::{Processor, limit_processor, processor};
 pub use rope::RopeTable;
 pub use rows::{argmax, log_sum_exp};
 pub use swiglu::{swiglu_backward, swiglu_forward, swiglu_joined_backward, swiglu_joined_forward};

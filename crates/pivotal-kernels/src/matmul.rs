@@ -15,7 +15,7 @@ pub enum Precision {
     Bf16,
 }
 
-/// Whether this processor multiplies bf16 pairs itself (AVX-512 BF16), so that [`Precision::Bf16`] has an effect.
+/// Whether this processor multiplies bf16 pairs itself (AVX-512 BF16, or AMX), so that [`Precision::Bf16`] has an effect.
 #[must_use]
 pub fn bf16_available() -> bool {
     #[cfg(target_arch = "x86_64")]
@@ -280,7 +280,7 @@ pub(crate) fn f32_product(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{assert_close, naive_product, on_threads, random};
+    use crate::testing::{assert_close, naive_product, on_each, on_threads, random};
     use proptest::prelude::*;
 
     // f32 sums of up to 2100 terms of size about 1.
@@ -326,43 +326,74 @@ mod tests {
 
     #[test]
     fn all_forms_agree_with_f64_over_odd_shapes() {
-        for m in [0, 1, 7, 63, 64, 65, 130] {
-            for n in [0, 1, 16, 47, 49, 100] {
-                for k in [0, 1, 2, 31, 33, 65] {
-                    for store in [Store::Replace, Store::Add] {
-                        compare(ProductShape { m, n, k }, store);
+        on_each(|| {
+            for m in [0, 1, 7, 63, 64, 65, 130] {
+                for n in [0, 1, 16, 47, 49, 100] {
+                    for k in [0, 1, 2, 31, 33, 65] {
+                        for store in [Store::Replace, Store::Add] {
+                            compare(ProductShape { m, n, k }, store);
+                        }
                     }
                 }
             }
-        }
+        });
+    }
+
+    #[test]
+    fn small_whole_numbers_are_exact_on_every_path() {
+        let whole = |len, seed| -> Vec<f32> {
+            random(len, seed)
+                .iter()
+                .map(|x| (4.0 * x).round())
+                .collect()
+        };
+        on_each(|| {
+            for m in [1, 15, 16, 17, 31, 33, 63, 64, 65] {
+                for (n, k) in [(1, 1), (47, 31), (48, 33), (49, 576), (16, 33), (32, 64)] {
+                    let shape = ProductShape { m, n, k };
+                    let (a, b, start) = (whole(m * k, 1), whole(n * k, 2), whole(m * n, 3));
+                    for (name, product, a_strides, b_strides) in forms(shape) {
+                        for store in [Store::Replace, Store::Add] {
+                            let expected =
+                                naive_product(&a, a_strides, &b, b_strides, &start, shape, store);
+                            let mut out = start.clone();
+                            product(&a, &b, &mut out, shape, store, Precision::Bf16);
+                            assert_close(&format!("{name} {shape:?}"), &out, &expected, 0.0);
+                        }
+                    }
+                }
+            }
+        });
     }
 
     #[test]
     fn sums_over_several_blocks_agree_with_f64() {
-        compare(
-            ProductShape {
-                m: 70,
-                n: 50,
-                k: 1100,
-            },
-            Store::Add,
-        );
-        compare(
-            ProductShape {
-                m: 9,
-                n: 50,
-                k: 2100,
-            },
-            Store::Replace,
-        );
-        compare(
-            ProductShape {
-                m: 3,
-                n: 1300,
-                k: 40,
-            },
-            Store::Replace,
-        );
+        on_each(|| {
+            compare(
+                ProductShape {
+                    m: 70,
+                    n: 50,
+                    k: 1100,
+                },
+                Store::Add,
+            );
+            compare(
+                ProductShape {
+                    m: 9,
+                    n: 50,
+                    k: 2100,
+                },
+                Store::Replace,
+            );
+            compare(
+                ProductShape {
+                    m: 3,
+                    n: 1300,
+                    k: 40,
+                },
+                Store::Replace,
+            );
+        });
     }
 
     #[test]
@@ -394,42 +425,44 @@ mod tests {
 
     #[test]
     fn threads_change_no_bit() {
-        for shape in [
-            ProductShape {
-                m: 150,
-                n: 333,
-                k: 700,
-            },
-            ProductShape {
-                m: 9,
-                n: 2000,
-                k: 129,
-            },
-            ProductShape {
-                m: 64,
-                n: 64,
-                k: 64,
-            },
-        ] {
-            let (a, b) = (random(shape.m * shape.k, 1), random(shape.n * shape.k, 2));
-            for (name, product, _, _) in forms(shape) {
-                for precision in [Precision::F32, Precision::Bf16] {
-                    let run = || {
-                        let mut out = vec![0.0; shape.m * shape.n];
-                        product(&a, &b, &mut out, shape, Store::Replace, precision);
-                        out
-                    };
-                    let one = on_threads(1, run);
-                    for threads in [2, 3] {
-                        assert_eq!(
-                            one,
-                            on_threads(threads, run),
-                            "{name} {precision:?} {shape:?}"
-                        );
+        on_each(|| {
+            for shape in [
+                ProductShape {
+                    m: 150,
+                    n: 333,
+                    k: 700,
+                },
+                ProductShape {
+                    m: 9,
+                    n: 2000,
+                    k: 129,
+                },
+                ProductShape {
+                    m: 64,
+                    n: 64,
+                    k: 64,
+                },
+            ] {
+                let (a, b) = (random(shape.m * shape.k, 1), random(shape.n * shape.k, 2));
+                for (name, product, _, _) in forms(shape) {
+                    for precision in [Precision::F32, Precision::Bf16] {
+                        let run = || {
+                            let mut out = vec![0.0; shape.m * shape.n];
+                            product(&a, &b, &mut out, shape, Store::Replace, precision);
+                            out
+                        };
+                        let one = on_threads(1, run);
+                        for threads in [2, 3] {
+                            assert_eq!(
+                                one,
+                                on_threads(threads, run),
+                                "{name} {precision:?} {shape:?}"
+                            );
+                        }
                     }
                 }
             }
-        }
+        });
     }
 
     #[test]

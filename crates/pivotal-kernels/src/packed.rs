@@ -48,7 +48,7 @@ impl PackedWeight {
         let values = match precision {
             #[cfg(target_arch = "x86_64")]
             Precision::Bf16 if bf16_available() => {
-                use crate::bf16::{COLUMNS, Source, pack, packed_words};
+                use crate::panels::{COLUMNS, Source, pack, packed_words};
                 let source = Source {
                     values: weight,
                     line_stride: inputs,
@@ -129,8 +129,9 @@ impl PackedWeight {
             }
             #[cfg(target_arch = "x86_64")]
             Values::Bf16(words) => {
-                use crate::bf16::{ROWS, Source, multiply_packed, pack, packed_words};
+                use crate::bf16::multiply_packed;
                 use crate::few_rows::{MOST_ROWS, multiply_few};
+                use crate::panels::{Source, left_words, pack_left};
                 let shape = ProductShape { m: rows, n, k };
                 let source = Source {
                     values: x,
@@ -139,8 +140,8 @@ impl PackedWeight {
                     lines: rows,
                     k,
                 };
-                crate::parallel::with_scratch(packed_words::<ROWS>(rows, k), |left| {
-                    pack::<ROWS>(source, left);
+                crate::parallel::with_scratch(left_words(rows, k), |left| {
+                    pack_left(source, left);
                     let words = words.as_slice();
                     if rows <= MOST_ROWS {
                         multiply_few(left, words, out, shape, store);
@@ -157,7 +158,9 @@ impl PackedWeight {
 mod tests {
     use super::*;
     use crate::matmul::matmul_nt;
-    use crate::testing::{assert_close, naive_product, on_threads, random};
+    use crate::testing::{
+        assert_close, naive_product, on_each, on_each_vector, on_threads, random,
+    };
 
     // f32 sums of up to 1500 terms; bf16 as in matmul's tests.
     const F32_TOLERANCE: f64 = 5e-5;
@@ -165,65 +168,71 @@ mod tests {
 
     #[test]
     fn agrees_with_f64_over_odd_shapes() {
-        for (outputs, inputs) in [(1, 1), (47, 33), (48, 64), (65, 1500), (200, 7), (3, 0)] {
-            let weight = random(outputs * inputs, 1);
-            for rows in [0, 1, 3, 8, 9, 63, 64, 65] {
-                let x = random(rows * inputs, 2);
-                let shape = ProductShape {
-                    m: rows,
-                    n: outputs,
-                    k: inputs,
-                };
-                let expected = naive_product(
-                    &x,
-                    (inputs, 1),
-                    &weight,
-                    (1, inputs),
-                    &[],
-                    shape,
-                    Store::Replace,
-                );
-                for (precision, tolerance) in [
-                    (Precision::F32, F32_TOLERANCE),
-                    (Precision::Bf16, BF16_TOLERANCE),
-                ] {
-                    let packed = PackedWeight::new(&weight, outputs, inputs, precision);
-                    let mut out = vec![f32::NAN; rows * outputs];
-                    packed.forward(&x, rows, &mut out);
-                    let what = format!("{precision:?} {shape:?}");
-                    assert_close(&what, &out, &expected, tolerance);
-                    packed.forward_add(&x, rows, &mut out);
-                    let twice: Vec<f64> = expected.iter().map(|y| 2.0 * y).collect();
-                    assert_close(&what, &out, &twice, tolerance);
+        on_each(|| {
+            for (outputs, inputs) in [(1, 1), (47, 33), (48, 64), (65, 1500), (200, 7), (3, 0)] {
+                let weight = random(outputs * inputs, 1);
+                for rows in [0, 1, 3, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65] {
+                    let x = random(rows * inputs, 2);
+                    let shape = ProductShape {
+                        m: rows,
+                        n: outputs,
+                        k: inputs,
+                    };
+                    let expected = naive_product(
+                        &x,
+                        (inputs, 1),
+                        &weight,
+                        (1, inputs),
+                        &[],
+                        shape,
+                        Store::Replace,
+                    );
+                    for (precision, tolerance) in [
+                        (Precision::F32, F32_TOLERANCE),
+                        (Precision::Bf16, BF16_TOLERANCE),
+                    ] {
+                        let packed = PackedWeight::new(&weight, outputs, inputs, precision);
+                        let mut out = vec![f32::NAN; rows * outputs];
+                        packed.forward(&x, rows, &mut out);
+                        let what = format!("{precision:?} {shape:?}");
+                        assert_close(&what, &out, &expected, tolerance);
+                        packed.forward_add(&x, rows, &mut out);
+                        let twice: Vec<f64> = expected.iter().map(|y| 2.0 * y).collect();
+                        assert_close(&what, &out, &twice, tolerance);
+                    }
                 }
             }
-        }
+        });
     }
 
     #[test]
     fn a_row_does_not_depend_on_its_neighbours_or_the_threads() {
-        let (rows, outputs, inputs) = (70, 700, 1111);
-        let (weight, x) = (random(outputs * inputs, 1), random(rows * inputs, 2));
-        for precision in [Precision::F32, Precision::Bf16] {
-            let packed = PackedWeight::new(&weight, outputs, inputs, precision);
-            let run = |x: &[f32]| {
-                let mut out = vec![0.0; x.len() / inputs * outputs];
-                packed.forward(x, x.len() / inputs, &mut out);
-                out
-            };
-            let all = on_threads(1, || run(&x));
-            assert_eq!(all, on_threads(2, || run(&x)));
-            for (row, expected) in x.chunks(inputs).zip(all.chunks(outputs)) {
-                assert_eq!(run(row), expected);
+        on_each(|| {
+            let (rows, outputs, inputs) = (70, 700, 1111);
+            let (weight, x) = (random(outputs * inputs, 1), random(rows * inputs, 2));
+            for precision in [Precision::F32, Precision::Bf16] {
+                let packed = PackedWeight::new(&weight, outputs, inputs, precision);
+                let run = |x: &[f32]| {
+                    let mut out = vec![0.0; x.len() / inputs * outputs];
+                    packed.forward(x, x.len() / inputs, &mut out);
+                    out
+                };
+                let all = on_threads(1, || run(&x));
+                assert_eq!(all, on_threads(2, || run(&x)));
+                for (row, expected) in x.chunks(inputs).zip(all.chunks(outputs)) {
+                    assert_eq!(run(row), expected);
+                }
             }
-        }
+        });
     }
 
     #[test]
     fn bf16_is_the_unpacked_product_bit_for_bit() {
-        for rows in [5, 16, 64, 65] {
-            is_the_unpacked_product(rows);
-        }
+        on_each_vector(|| {
+            for rows in [5, 16, 64, 65] {
+                is_the_unpacked_product(rows);
+            }
+        });
     }
 
     fn is_the_unpacked_product(rows: usize) {

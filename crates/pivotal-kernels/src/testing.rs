@@ -1,25 +1,61 @@
 //! What the tests of several kernels share: seeded numbers, a naive product, comparison, thread pools.
 
 use std::cell::Cell;
+use std::sync::LazyLock;
 
 use crate::matmul::{ProductShape, Store};
+use crate::processor::{Processor, processor};
 
 thread_local! {
-    static PORTABLE: Cell<bool> = const { Cell::new(false) };
+    static FORCED: Cell<Option<Processor>> = const { Cell::new(None) };
 }
 
-/// Whether this thread is inside [`portable`].
-pub(crate) fn portable_forced() -> bool {
-    PORTABLE.get()
+/// The most that this thread is inside [`on`] for; else what the environment's `PIVOTAL_TEST_PROCESSOR` (`portable`, `avx512`)
+/// says for all tests.
+pub(crate) fn forced_processor() -> Option<Processor> {
+    static ALL: LazyLock<Option<Processor>> =
+        LazyLock::new(
+            || match std::env::var("PIVOTAL_TEST_PROCESSOR").ok()?.as_str() {
+                "portable" => Some(Processor::Portable),
+                "avx512" => Some(Processor::Avx512),
+                other => panic!("PIVOTAL_TEST_PROCESSOR is `{other}`"),
+            },
+        );
+    FORCED.get().or(*ALL)
 }
 
-/// Runs `body` as on a processor without AVX-512 BF16. Kernels choose their path where they are called, or plans where they
+/// Runs `body` as on a processor with no more than `most`. Kernels choose their path where they are called, or plans where they
 /// are made, so it is enough that this happens on the calling thread.
-pub(crate) fn portable<T>(body: impl FnOnce() -> T) -> T {
-    let before = PORTABLE.replace(true);
+pub(crate) fn on<T>(most: Processor, body: impl FnOnce() -> T) -> T {
+    let before = FORCED.replace(Some(most));
     let result = body();
-    PORTABLE.set(before);
+    FORCED.set(before);
     result
+}
+
+/// Runs `body` on every path that this processor has.
+pub(crate) fn on_each(mut body: impl FnMut()) {
+    for most in [Processor::Portable, Processor::Avx512, Processor::Amx] {
+        on(most, || {
+            if processor() == most {
+                body();
+            }
+        });
+    }
+}
+
+/// Runs `body` on every path that this processor has with products in bf16.
+pub(crate) fn on_each_vector(mut body: impl FnMut()) {
+    on_each(|| {
+        if processor() > Processor::Portable {
+            body();
+        }
+    });
+}
+
+/// Runs `body` as on a processor without AVX-512 BF16.
+pub(crate) fn portable<T>(body: impl FnOnce() -> T) -> T {
+    on(Processor::Portable, body)
 }
 
 /// `len` floats in -1..1 from a small linear congruential generator.
@@ -82,11 +118,12 @@ pub(crate) fn assert_close(what: &str, got: &[f32], expected: &[f64], tolerance:
 
 /// Runs `body` in a rayon pool of its own.
 pub(crate) fn on_threads<T: Send>(threads: usize, body: impl FnOnce() -> T + Send) -> T {
-    rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .build()
-        .unwrap()
-        .install(body)
+    let forced = FORCED.get();
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+    pool.unwrap().install(|| {
+        FORCED.set(forced);
+        body()
+    })
 }
 
 /// The same numbers in f64.

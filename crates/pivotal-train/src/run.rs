@@ -238,7 +238,7 @@ pub fn manifest(
     inputs: &[&Path],
     weights: &[FileHash],
 ) -> Result<Manifest> {
-    let features = ["avx2", "avx512f", "avx512bf16"];
+    let features = ["avx2", "avx512f", "avx512bf16", "amx"];
     let found = features
         .into_iter()
         .zip(processor_features())
@@ -267,17 +267,18 @@ pub fn manifest(
 }
 
 #[cfg(target_arch = "x86_64")]
-fn processor_features() -> [bool; 3] {
+fn processor_features() -> [bool; 4] {
     [
         std::arch::is_x86_feature_detected!("avx2"),
         std::arch::is_x86_feature_detected!("avx512f"),
         std::arch::is_x86_feature_detected!("avx512bf16"),
+        pivotal_kernels::processor() == pivotal_kernels::Processor::Amx,
     ]
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn processor_features() -> [bool; 3] {
-    [false; 3]
+fn processor_features() -> [bool; 4] {
+    [false; 4]
 }
 
 /// Writes the resolved configuration and the manifest beside a result that is one file: `<file>.config.toml` and

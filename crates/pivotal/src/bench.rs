@@ -21,6 +21,7 @@ use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
 use pivotal_core::write_atomic;
+use pivotal_kernels::{Processor, limit_processor};
 use pivotal_train::Activations;
 use pivotal_train::settings::Precision;
 use serde::Serialize;
@@ -48,6 +49,9 @@ pub(crate) struct Settings {
     /// Operands of matrix products.
     #[arg(long, default_value = "bf16")]
     precision: Precision,
+    /// The most that kernels use of the processor: what one without it would reach.
+    #[arg(long, value_enum, default_value_t = MostUsed::Amx)]
+    processor: MostUsed,
     /// Pairs in a step.
     #[arg(long, default_value_t = 4, value_parser = at_least::<1>)]
     batch: usize,
@@ -96,6 +100,36 @@ enum Suite {
     Generate,
 }
 
+/// The paths of the kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum MostUsed {
+    /// What the build asks for; products in bf16 are then products in f32.
+    Portable,
+    /// AVX-512 with BF16.
+    Avx512,
+    /// AMX with BF16.
+    Amx,
+}
+
+impl MostUsed {
+    /// Limits the kernels, and says what they use.
+    fn limit(self) -> Result<&'static str, Failure> {
+        let most = match self {
+            Self::Portable => Processor::Portable,
+            Self::Avx512 => Processor::Avx512,
+            Self::Amx => Processor::Amx,
+        };
+        match limit_processor(most) {
+            Ok(Processor::Portable) => Ok("portable"),
+            Ok(Processor::Avx512) => Ok("avx512"),
+            Ok(Processor::Amx) => Ok("amx"),
+            Err(settled) => Err(Failure::system(&format!(
+                "the kernels already use {settled:?}"
+            ))),
+        }
+    }
+}
+
 /// Which response tokens the loss uses.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Keep {
@@ -115,6 +149,8 @@ pub(crate) struct Bench {
 struct Report {
     schema_version: u32,
     machine: String,
+    /// What the kernels used of it.
+    processor: &'static str,
     date: String,
     results: Vec<Outcome>,
 }
@@ -122,9 +158,10 @@ struct Report {
 impl Settings {
     pub(crate) fn run(self, threads: usize) -> Result<(), Failure> {
         self.check_output()?;
+        let processor = self.processor.limit()?;
         let subject = Subject::load(&self)?;
         print_line(&format!(
-            "model: {}\ndata: {}\n",
+            "model: {}\ndata: {}\nprocessor: {processor}\n",
             subject.model, subject.data
         ))?;
         let json = self.json.clone();
@@ -158,6 +195,7 @@ impl Settings {
         let report = Report {
             schema_version: 1,
             machine: machine::description(),
+            processor,
             date: machine::today(),
             results,
         };

@@ -1,9 +1,9 @@
 //! The products of [`super`] with bf16 operands.
 
 use super::{FrozenGradients, FrozenLinear, FrozenPanels, Group, LowRankUpdate, Place, scale};
-use crate::bf16::{COLUMNS, ROWS, Source, pack, packed_words};
 use crate::group::{Job, Segment, multiply_jobs};
 use crate::matmul::{Precision, ProductShape, Store, matmul_tn};
+use crate::panels::{COLUMNS, Source, left_words, pack, pack_left, packed_words};
 use crate::parallel::{AlignedFloats, with_scratch};
 
 impl FrozenPanels {
@@ -42,17 +42,28 @@ fn packed<const W: usize>(source: Source<'_>) -> AlignedFloats {
     words
 }
 
-/// Lends `body` the packed operands, in their order.
-fn with_packed<const W: usize, T>(sources: &[Source<'_>], body: impl FnOnce(&[&[f32]]) -> T) -> T {
-    let words = sources
-        .iter()
-        .map(|source| packed_words::<W>(source.lines, source.k))
-        .sum();
-    with_scratch(words, |mut rest| {
+/// Lends `body` the operands packed as left ones, in their order.
+fn with_lefts<T>(sources: &[Source<'_>], body: impl FnOnce(&[&[f32]]) -> T) -> T {
+    with_packed(sources, left_words, pack_left, body)
+}
+
+/// Lends `body` the operands packed as right ones, in their order.
+fn with_rights<T>(sources: &[Source<'_>], body: impl FnOnce(&[&[f32]]) -> T) -> T {
+    with_packed(sources, packed_words::<COLUMNS>, pack::<COLUMNS>, body)
+}
+
+fn with_packed<T>(
+    sources: &[Source<'_>],
+    words: impl Fn(usize, usize) -> usize,
+    pack: impl Fn(Source<'_>, &mut [f32]),
+    body: impl FnOnce(&[&[f32]]) -> T,
+) -> T {
+    let words = |source: &Source<'_>| words(source.lines, source.k);
+    with_scratch(sources.iter().map(words).sum(), |mut rest| {
         let mut packs: Vec<&[f32]> = Vec::with_capacity(sources.len());
         for &source in sources {
-            let (words, after) = rest.split_at_mut(packed_words::<W>(source.lines, source.k));
-            pack::<W>(source, words);
+            let (words, after) = rest.split_at_mut(words(&source));
+            pack(source, words);
             packs.push(words);
             rest = after;
         }
@@ -86,7 +97,7 @@ pub(super) fn forward(
         ranks,
     } = group;
     let places = group.places();
-    with_packed::<ROWS, _>(&[rows_of(x, rows, inputs, 0, inputs)], |left| {
+    with_lefts(&[rows_of(x, rows, inputs, 0, inputs)], |left| {
         let Some(update) = update else {
             let segments: Vec<_> = layers
                 .iter()
@@ -99,7 +110,7 @@ pub(super) fn forward(
             );
             return multiply_jobs(&jobs, rows, out, outputs, Store::Replace);
         };
-        with_packed::<COLUMNS, _>(&[rows_of(update.a, ranks, inputs, 0, inputs)], |a| {
+        with_rights(&[rows_of(update.a, ranks, inputs, 0, inputs)], |a| {
             let segments = [Segment::whole(left[0], a[0], inputs)];
             let job = Job {
                 segments: &segments,
@@ -124,8 +135,8 @@ pub(super) fn forward(
                 ));
             }
         }
-        with_packed::<ROWS, _>(&lefts, |lefts| {
-            with_packed::<COLUMNS, _>(&rights, |rights| {
+        with_lefts(&lefts, |lefts| {
+            with_rights(&rights, |rights| {
                 let mut updates = lefts.iter().zip(rights);
                 let segments: Vec<Vec<_>> = layers
                     .iter()
@@ -194,7 +205,7 @@ pub(super) fn backward(
         .zip(&places)
         .map(|(layer, place)| rows_of(dout, rows, outputs, place.first, layer.outputs))
         .collect();
-    with_packed::<ROWS, _>(&sources, |lefts| {
+    with_lefts(&sources, |lefts| {
         if let Some(update) = update {
             hidden_gradient(group, &places, lefts, update, dh);
         }
@@ -221,8 +232,8 @@ pub(super) fn backward(
             lines: inputs,
             k: ranks,
         };
-        with_packed::<ROWS, _>(&[rows_of(dh, rows, ranks, 0, ranks)], |left| {
-            with_packed::<COLUMNS, _>(&[a], |a| {
+        with_lefts(&[rows_of(dh, rows, ranks, 0, ranks)], |left| {
+            with_rights(&[a], |a| {
                 let last = Segment::whole(left[0], a[0], ranks);
                 let segments: Vec<_> = segments.iter().copied().chain([last]).collect();
                 let job = Job {
@@ -269,7 +280,7 @@ fn hidden_gradient(
             })
         })
         .collect();
-    with_packed::<COLUMNS, _>(&sources, |rights| {
+    with_rights(&sources, |rights| {
         let mut rights = rights.iter();
         let segments: Vec<_> = adapted()
             .filter_map(|((layer, place), left)| {
@@ -325,8 +336,8 @@ fn low_rank_gradient(
             lines: layer.outputs,
             k: rows,
         };
-        with_packed::<ROWS, _>(&[left], |left| {
-            with_packed::<COLUMNS, _>(&[right], |right| {
+        with_lefts(&[left], |left| {
+            with_rights(&[right], |right| {
                 let segments = [Segment::whole(left[0], right[0], rows)];
                 let job = Job {
                     segments: &segments,

@@ -1,7 +1,7 @@
 //! Values and gradients against f64, and what changes no bit.
 
 use super::*;
-use crate::testing::{assert_close, naive_product, on_threads, random, widen};
+use crate::testing::{assert_close, naive_product, on_each, on_threads, random, widen};
 
 // f32 sums of up to 1100 terms.
 const F32_TOLERANCE: f64 = 5e-5;
@@ -230,105 +230,113 @@ fn cases() -> Vec<Case> {
 
 #[test]
 fn values_and_gradients_agree_with_f64() {
-    for case in cases() {
-        let data = case.data();
-        for update in [true, false] {
-            for (precision, tolerance) in [
-                (Precision::F32, F32_TOLERANCE),
-                (Precision::Bf16, BF16_TOLERANCE),
-            ] {
-                let results = case.run(&data, update, precision);
-                case.check(&data, &results, update, tolerance);
+    on_each(|| {
+        for case in cases() {
+            let data = case.data();
+            for update in [true, false] {
+                for (precision, tolerance) in [
+                    (Precision::F32, F32_TOLERANCE),
+                    (Precision::Bf16, BF16_TOLERANCE),
+                ] {
+                    let results = case.run(&data, update, precision);
+                    case.check(&data, &results, update, tolerance);
+                }
             }
         }
-    }
+    });
 }
 
 #[test]
 fn an_update_of_zero_changes_no_bit() {
-    for case in cases() {
-        let mut data = case.data();
-        data.b.fill(0.0);
-        for precision in [Precision::F32, Precision::Bf16] {
-            let with = case.run(&data, true, precision);
-            let without = case.run(&data, false, precision);
-            assert_eq!(with.out, without.out);
-            assert_close("dx", &with.dx, &widen(&without.dx), 1e-6);
+    on_each(|| {
+        for case in cases() {
+            let mut data = case.data();
+            data.b.fill(0.0);
+            for precision in [Precision::F32, Precision::Bf16] {
+                let with = case.run(&data, true, precision);
+                let without = case.run(&data, false, precision);
+                assert_eq!(with.out, without.out);
+                assert_close("dx", &with.dx, &widen(&without.dx), 1e-6);
+            }
         }
-    }
+    });
 }
 
 #[test]
 fn threads_change_no_bit() {
-    let case = Case {
-        rows: 300,
-        inputs: 96,
-        outputs: vec![576, 100],
-        adapted: vec![true, true],
-        rank: 16,
-        bias: true,
-    };
-    let data = case.data();
-    for precision in [Precision::F32, Precision::Bf16] {
-        let one = on_threads(1, || case.run(&data, true, precision));
-        for threads in [2, 3] {
-            let many = on_threads(threads, || case.run(&data, true, precision));
-            assert_eq!(one.out, many.out);
-            assert_eq!((&one.dx, &one.da, &one.db), (&many.dx, &many.da, &many.db));
+    on_each(|| {
+        let case = Case {
+            rows: 300,
+            inputs: 96,
+            outputs: vec![576, 100],
+            adapted: vec![true, true],
+            rank: 16,
+            bias: true,
+        };
+        let data = case.data();
+        for precision in [Precision::F32, Precision::Bf16] {
+            let one = on_threads(1, || case.run(&data, true, precision));
+            for threads in [2, 3] {
+                let many = on_threads(threads, || case.run(&data, true, precision));
+                assert_eq!(one.out, many.out);
+                assert_eq!((&one.dx, &one.da, &one.db), (&many.dx, &many.da, &many.db));
+            }
         }
-    }
+    });
 }
 
 #[test]
 fn what_is_not_asked_for_leaves_the_rest_alone() {
-    let case = &cases()[1];
-    let data = case.data();
-    for precision in [Precision::F32, Precision::Bf16] {
-        let all = case.run(&data, true, precision);
-        let layers: Vec<_> = (0..3)
-            .map(|i| FrozenLinear {
-                weight: &data.weights[i],
-                bias: None,
-                panels: &data.panels[i],
-                outputs: case.outputs[i],
-                adapted: true,
-            })
-            .collect();
-        let update = LowRankUpdate {
-            a: &data.a,
-            b: &data.b,
-            rank: case.rank,
-            scale: SCALE,
-        };
-        let mut out = vec![0.0; all.out.len()];
-        let mut h = vec![0.0; case.rows * case.ranks()];
-        frozen_linears_forward(
-            &data.x,
-            case.rows,
-            case.inputs,
-            &layers,
-            Some(update),
-            &mut out,
-            &mut h,
-            precision,
-        );
-        let mut dx = vec![f32::NAN; all.dx.len()];
-        let only = FrozenGradients {
-            x: Some(&mut dx),
-            a: None,
-            b: None,
-        };
-        frozen_linears_backward(
-            &[],
-            case.rows,
-            case.inputs,
-            &layers,
-            Some(update),
-            &h,
-            &data.dout,
-            only,
-            precision,
-        );
-        assert_eq!(dx, all.dx);
-    }
+    on_each(|| {
+        let case = &cases()[1];
+        let data = case.data();
+        for precision in [Precision::F32, Precision::Bf16] {
+            let all = case.run(&data, true, precision);
+            let layers: Vec<_> = (0..3)
+                .map(|i| FrozenLinear {
+                    weight: &data.weights[i],
+                    bias: None,
+                    panels: &data.panels[i],
+                    outputs: case.outputs[i],
+                    adapted: true,
+                })
+                .collect();
+            let update = LowRankUpdate {
+                a: &data.a,
+                b: &data.b,
+                rank: case.rank,
+                scale: SCALE,
+            };
+            let mut out = vec![0.0; all.out.len()];
+            let mut h = vec![0.0; case.rows * case.ranks()];
+            frozen_linears_forward(
+                &data.x,
+                case.rows,
+                case.inputs,
+                &layers,
+                Some(update),
+                &mut out,
+                &mut h,
+                precision,
+            );
+            let mut dx = vec![f32::NAN; all.dx.len()];
+            let only = FrozenGradients {
+                x: Some(&mut dx),
+                a: None,
+                b: None,
+            };
+            frozen_linears_backward(
+                &[],
+                case.rows,
+                case.inputs,
+                &layers,
+                Some(update),
+                &h,
+                &data.dout,
+                only,
+                precision,
+            );
+            assert_eq!(dx, all.dx);
+        }
+    });
 }

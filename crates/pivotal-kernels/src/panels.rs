@@ -1,0 +1,355 @@
+//! Operands rounded to bf16 and laid out in panels, as the instructions that multiply them want to read them.
+//!
+//! A panel is `W` lines (rows of the left operand, columns of the right one); along the sum one 32-bit word holds a pair of
+//! consecutive elements. Panels of 8 rows and of 48 columns hold, pair by pair, the words of all their lines. Panels of 16
+//! rows are tiles, each of 16 pairs: line by line, the words of its pairs.
+//!
+//! Every panel has a multiple of 16 pairs, zero beyond the last element, so a tile never reaches into the next panel; and
+//! both left layouts take the same room.
+
+use std::arch::x86_64::{
+    __m512bh, __m512i, _mm256_storeu_si256, _mm512_castsi512_si256, _mm512_cvtne2ps_pbh,
+    _mm512_extracti64x4_epi64, _mm512_loadu_si512, _mm512_maskz_loadu_ps, _mm512_permutexvar_epi16,
+    _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_storeu_si512, _mm512_unpackhi_epi32,
+    _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+};
+
+use crate::bf16::available;
+use crate::parallel::{SharedOut, for_each_block};
+use crate::processor::{Processor, processor};
+
+/// Rows of a left panel that AVX-512 reads.
+pub(crate) const ROWS: usize = 8;
+/// Rows of a left panel that AMX reads: those of a tile register.
+pub(crate) const TILE_ROWS: usize = 16;
+/// Columns of a right panel: three vectors, or three tile registers.
+pub(crate) const COLUMNS: usize = 48;
+/// Lines packed together: the width of a vector. Also the pairs of a tile.
+const GROUP: usize = 16;
+
+/// Pairs of a panel whose sums are `k` long.
+pub(crate) fn padded_pairs(k: usize) -> usize {
+    k.div_ceil(2).next_multiple_of(GROUP)
+}
+
+/// As [`packed_words`], of the left operand on this processor.
+pub(crate) fn left_words(rows: usize, k: usize) -> usize {
+    packed_words::<TILE_ROWS>(rows, k)
+}
+
+/// As [`pack`], of the left operand for this processor.
+pub(crate) fn pack_left(source: Source<'_>, words: &mut [f32]) {
+    if processor() == Processor::Amx {
+        pack::<TILE_ROWS>(source, words);
+    } else {
+        pack::<ROWS>(source, words);
+    }
+}
+
+/// Words that `lines` lines of `k` elements take in panels of `W`. Left panels of 8 come in twos, packed together.
+pub(crate) fn packed_words<const W: usize>(lines: usize, k: usize) -> usize {
+    let unit = W.max(GROUP);
+    lines.div_ceil(unit) * unit * padded_pairs(k)
+}
+
+/// An operand to pack: `lines` rows of the left one or columns of the right one, `k` elements each.
+#[derive(Clone, Copy)]
+pub(crate) struct Source<'a> {
+    pub(crate) values: &'a [f32],
+    pub(crate) line_stride: usize,
+    pub(crate) k_stride: usize,
+    pub(crate) lines: usize,
+    pub(crate) k: usize,
+}
+
+impl Source<'_> {
+    fn check(&self) {
+        assert!(
+            self.line_stride == 1 || self.k_stride == 1,
+            "one stride must be 1"
+        );
+        if self.lines > 0 && self.k > 0 {
+            let reach = (self.lines - 1) * self.line_stride + (self.k - 1) * self.k_stride + 1;
+            assert!(
+                self.values.len() >= reach,
+                "an operand is shorter than its strides reach"
+            );
+        }
+    }
+}
+
+/// Rounds `source` to bf16 into panels of `W` lines; lines beyond the last are zero.
+pub(crate) fn pack<const W: usize>(source: Source<'_>, words: &mut [f32]) {
+    assert!(available(), "bf16 instructions are missing");
+    source.check();
+    let unit = W.max(GROUP);
+    let pairs = padded_pairs(source.k);
+    assert_eq!(words.len(), packed_words::<W>(source.lines, source.k));
+    let target = SharedOut::new(words);
+    for_each_block(
+        source.lines.div_ceil(unit),
+        1,
+        source.lines * source.k,
+        |units| {
+            for at in units {
+                for group in 0..unit / GROUP {
+                    // SAFETY: the features were checked; the source by `check`; unit `at` of the target is this block's own,
+                    // and `words` has room for it by the length asserted above.
+                    unsafe {
+                        let first = at * unit + group * GROUP;
+                        let target = target
+                            .at(at * unit * pairs)
+                            .cast::<u32>()
+                            .add(group * GROUP);
+                        if source.k_stride == 1 {
+                            pack_along_k::<W>(source, first, target);
+                        } else {
+                            pack_across_k::<W>(source, first, target);
+                        }
+                    }
+                }
+            }
+        },
+    );
+}
+
+/// A mask of the first `count` of 16 lanes.
+pub(crate) fn first_lanes(count: usize) -> u16 {
+    if count >= 16 {
+        u16::MAX
+    } else {
+        (1 << count) - 1
+    }
+}
+
+/// Stores 16 lines of one pair: one vector into a right panel, two halves into two left panels of 8.
+///
+/// # Safety
+/// `target` is the group's place in a panel of `pairs` pairs with room for 16 lines (`W` = 48) or two panels (`W` = 8).
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn store_pair<const W: usize>(target: *mut u32, pair: usize, pairs: usize, lines: __m512i) {
+    // SAFETY: by the caller's promise; the stores need no alignment.
+    unsafe {
+        if W == ROWS {
+            let (low, high) = (
+                _mm512_castsi512_si256(lines),
+                _mm512_extracti64x4_epi64::<1>(lines),
+            );
+            _mm256_storeu_si256(target.add(pair * ROWS).cast(), low);
+            _mm256_storeu_si256(target.add((pairs + pair) * ROWS).cast(), high);
+        } else {
+            _mm512_storeu_si512(target.add(pair * W).cast(), lines);
+        }
+    }
+}
+
+/// Stores a tile: 16 lines of 16 pairs from `pair` on.
+///
+/// # Safety
+/// `target` is a panel of 16 lines, and `pair`, a multiple of 16, is below its pairs.
+#[target_feature(enable = "avx512f")]
+unsafe fn store_tile(target: *mut u32, pair: usize, lines: [__m512i; GROUP]) {
+    for (line, pairs) in lines.into_iter().enumerate() {
+        // SAFETY: by the caller's promise; the stores need no alignment.
+        unsafe { _mm512_storeu_si512(target.add((pair + line) * GROUP).cast(), pairs) };
+    }
+}
+
+/// Packs 16 lines whose elements are contiguous along the sum: 16 pairs of each at a time, transposed.
+///
+/// # Safety
+/// `source` passed `check` and has `k_stride` 1; `target` as for [`store_pair`].
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn pack_along_k<const W: usize>(source: Source<'_>, first: usize, target: *mut u32) {
+    let pairs = padded_pairs(source.k);
+    for pair in (0..pairs).step_by(GROUP) {
+        let at = 2 * pair;
+        let left = source.k - at;
+        let (low_mask, high_mask) = (first_lanes(left), first_lanes(left.saturating_sub(16)));
+        let mut block = [_mm512_setzero_si512(); GROUP];
+        for (line, row) in block.iter_mut().enumerate() {
+            if first + line < source.lines {
+                // SAFETY: the masks stop at the line's last element; `wrapping_add` because the upper half may start
+                // beyond it, masked off.
+                unsafe {
+                    let from = source
+                        .values
+                        .as_ptr()
+                        .add((first + line) * source.line_stride + at);
+                    let low = _mm512_maskz_loadu_ps(low_mask, from);
+                    let high = _mm512_maskz_loadu_ps(high_mask, from.wrapping_add(16));
+                    *row = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+                }
+            }
+        }
+        if W == TILE_ROWS {
+            // SAFETY: pair < pairs, a multiple of 16.
+            unsafe { store_tile(target, pair, block) };
+            continue;
+        }
+        for (offset, lines) in transpose(block).into_iter().enumerate() {
+            // SAFETY: pair + offset < pairs, a multiple of 16.
+            unsafe { store_pair::<W>(target, pair + offset, pairs, lines) };
+        }
+    }
+}
+
+/// Packs 16 lines that lie side by side: two consecutive elements of the sum are two rows, interleaved.
+///
+/// # Safety
+/// `source` passed `check` and has `line_stride` 1; `target` as for [`store_pair`].
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn pack_across_k<const W: usize>(source: Source<'_>, first: usize, target: *mut u32) {
+    const INTERLEAVE: [u16; 32] = {
+        let mut order = [0; 32];
+        let mut lane = 0;
+        while lane < 16 {
+            order[2 * lane] = lane as u16;
+            order[2 * lane + 1] = 16 + lane as u16;
+            lane += 1;
+        }
+        order
+    };
+    let pairs = padded_pairs(source.k);
+    let mask = first_lanes(source.lines.saturating_sub(first));
+    // SAFETY: 32 words of 16 bits are one vector.
+    let order = unsafe { _mm512_loadu_si512(INTERLEAVE.as_ptr().cast()) };
+    let words = |pair: usize| {
+        let from = source
+            .values
+            .as_ptr()
+            .wrapping_add(2 * pair * source.k_stride + first);
+        let mask_at = |at: usize| if at < source.k { mask } else { 0 };
+        // SAFETY: the masks stop at the last line and the last element; what is masked off may be out of bounds, hence
+        // the wrapping additions.
+        let both = unsafe {
+            let even = _mm512_maskz_loadu_ps(mask_at(2 * pair), from);
+            let odd =
+                _mm512_maskz_loadu_ps(mask_at(2 * pair + 1), from.wrapping_add(source.k_stride));
+            std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(odd, even))
+        };
+        _mm512_permutexvar_epi16(order, both)
+    };
+    if W == TILE_ROWS {
+        for pair in (0..pairs).step_by(GROUP) {
+            let mut block = [_mm512_setzero_si512(); GROUP];
+            for (offset, lines) in block.iter_mut().enumerate() {
+                *lines = words(pair + offset);
+            }
+            // SAFETY: pair < pairs, a multiple of 16.
+            unsafe { store_tile(target, pair, transpose(block)) };
+        }
+        return;
+    }
+    for pair in 0..pairs {
+        // SAFETY: pair < pairs.
+        unsafe { store_pair::<W>(target, pair, pairs, words(pair)) };
+    }
+}
+
+/// Transposes 16 rows of 16 words.
+#[target_feature(enable = "avx512f")]
+pub(crate) fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
+    let mut quads = rows;
+    for four in 0..4 {
+        let at = 4 * four;
+        let (r0, r1, r2, r3) = (rows[at], rows[at + 1], rows[at + 2], rows[at + 3]);
+        let (low01, high01) = (_mm512_unpacklo_epi32(r0, r1), _mm512_unpackhi_epi32(r0, r1));
+        let (low23, high23) = (_mm512_unpacklo_epi32(r2, r3), _mm512_unpackhi_epi32(r2, r3));
+        quads[at] = _mm512_unpacklo_epi64(low01, low23);
+        quads[at + 1] = _mm512_unpackhi_epi64(low01, low23);
+        quads[at + 2] = _mm512_unpacklo_epi64(high01, high23);
+        quads[at + 3] = _mm512_unpackhi_epi64(high01, high23);
+    }
+    // `quads[4j + c]` holds, in its 128-bit lane L, column 4L + c of rows 4j..4j + 4.
+    let mut columns = rows;
+    for c in 0..4 {
+        let even = |a, b| _mm512_shuffle_i32x4::<0x88>(a, b);
+        let odd = |a, b| _mm512_shuffle_i32x4::<0xdd>(a, b);
+        let (upper_even, upper_odd) = (even(quads[c], quads[4 + c]), odd(quads[c], quads[4 + c]));
+        let (lower_even, lower_odd) = (
+            even(quads[8 + c], quads[12 + c]),
+            odd(quads[8 + c], quads[12 + c]),
+        );
+        columns[c] = even(upper_even, lower_even);
+        columns[8 + c] = odd(upper_even, lower_even);
+        columns[4 + c] = even(upper_odd, lower_odd);
+        columns[12 + c] = odd(upper_odd, lower_odd);
+    }
+    columns
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::random;
+
+    fn bf16(x: f32) -> u32 {
+        let bits = x.to_bits();
+        (bits + 0x7fff + ((bits >> 16) & 1)) >> 16
+    }
+
+    fn packs<const W: usize>(lines: usize, k: usize, along: bool) {
+        let values = random(lines * k, 9);
+        let (line_stride, k_stride) = if along { (k, 1) } else { (1, lines) };
+        let source = Source {
+            values: &values,
+            line_stride,
+            k_stride,
+            lines,
+            k,
+        };
+        let mut words = vec![f32::NAN; packed_words::<W>(lines, k)];
+        pack::<W>(source, &mut words);
+        let pairs = padded_pairs(k);
+        let value = |line: usize, at: usize| {
+            if line < lines && at < k {
+                bf16(values[line * line_stride + at * k_stride])
+            } else {
+                0
+            }
+        };
+        for (index, word) in words.iter().enumerate() {
+            let (panel, rest) = (index / (W * pairs), index % (W * pairs));
+            let (pair, line) = if W == TILE_ROWS {
+                let (tile, rest) = (rest / 256, rest % 256);
+                (16 * tile + rest % 16, panel * W + rest / 16)
+            } else {
+                (rest / W, panel * W + rest % W)
+            };
+            let expected = value(line, 2 * pair) | value(line, 2 * pair + 1) << 16;
+            assert_eq!(
+                word.to_bits(),
+                expected,
+                "line {line} pair {pair} of {lines}x{k}"
+            );
+        }
+    }
+
+    #[test]
+    fn panels_hold_rounded_pairs_and_zeros_beyond_the_edge() {
+        if !available() {
+            return;
+        }
+        for lines in [1, 8, 15, 16, 17, 47, 48, 49, 100] {
+            for k in [1, 2, 31, 32, 33, 64, 71] {
+                for along in [true, false] {
+                    packs::<ROWS>(lines, k, along);
+                    packs::<TILE_ROWS>(lines, k, along);
+                    packs::<COLUMNS>(lines, k, along);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn packing_nothing_is_nothing() {
+        if available() {
+            for (lines, k) in [(0, 5), (5, 0), (0, 0)] {
+                packs::<ROWS>(lines, k, true);
+                packs::<TILE_ROWS>(lines, k, false);
+                packs::<COLUMNS>(lines, k, false);
+            }
+        }
+    }
+}
