@@ -33,10 +33,21 @@ pub struct GrpoBatch<'a> {
     pub advantages: &'a [f32],
     /// Which of their tokens the policy loss uses.
     pub keep: &'a [TokenMask],
-    /// Log-probabilities of the policy that sampled, from the training path, in nats.
+    /// Log-probabilities of the policy that sampled, from the training path, in nats. Empty where that is the policy as it stands, so
+    /// that its own pass gives them: the one update of a step with one.
     pub old_logps: &'a [Vec<f32>],
-    /// The same under the reference.
+    /// The same under the reference; empty where neither the KL loss nor credit reads it.
     pub reference_logps: &'a [Vec<f32>],
+}
+
+/// What a minibatch comes to.
+pub struct MinibatchGradients {
+    /// The gradients.
+    pub gradients: GradientSum,
+    /// Sums for the metrics.
+    pub sums: UpdateSums,
+    /// Log-probabilities of the tokens that the loss reads, in nats, before the update: `[rollouts]`, empty where nothing was read.
+    pub token_logps: Vec<Vec<f32>>,
 }
 
 /// What the loss is made of besides the responses.
@@ -102,7 +113,7 @@ pub fn gradients(
     objective: GrpoObjective<'_>,
     settings: &OptimizerSettings,
     step: u64,
-) -> Result<(GradientSum, UpdateSums)> {
+) -> Result<MinibatchGradients> {
     let all = || minibatch.rollouts.iter();
     let counts = Counts {
         kept_tokens: all().map(|&index| batch.keep[index].kept()).sum(),
@@ -110,19 +121,30 @@ pub fn gradients(
         responses_kept: all().filter(|&&index| batch.keep[index].kept() > 0).count(),
         responses: minibatch.rollouts.len(),
     };
-    let mut sum = GradientSum::default();
-    let mut sums = UpdateSums::default();
+    let mut found = MinibatchGradients {
+        gradients: GradientSum::default(),
+        sums: UpdateSums::default(),
+        token_logps: vec![Vec::new(); batch.rollouts.len()],
+    };
     for micro in &minibatch.micro_batches {
         let passed = micro_batch(policy, micro, batch, objective, counts, settings, step)?;
-        if let Some((pass, loss, here)) = passed {
-            sums.merge(&here);
-            sum.add_pass(policy, pass, loss);
+        if let Some(passed) = passed {
+            found.sums.merge(&passed.sums);
+            for (response, logp) in passed.token_logps {
+                found.token_logps[micro.responses[response]].push(logp);
+            }
+            found.gradients.add_pass(policy, passed.pass, passed.loss);
         }
     }
-    Ok((sum, sums))
+    Ok(found)
 }
 
-type Passed = (pivotal_model::ForwardPass, Tensor<1>, UpdateSums);
+struct Passed {
+    pass: pivotal_model::ForwardPass,
+    loss: Tensor<1>,
+    sums: UpdateSums,
+    token_logps: Vec<(usize, f32)>,
+}
 
 fn micro_batch(
     policy: &Decoder,
@@ -154,7 +176,12 @@ fn micro_batch(
         .map(|gather| kept(gather.response, gather.position))
         .collect();
     let keep = TokenMask::from(keep);
-    let old = tensor(micro.gathered(&gathers, batch.old_logps), &device);
+    let own = values(logps.clone().without_autodiff());
+    let old = match batch.old_logps.is_empty() {
+        true => own.clone(),
+        false => micro.gathered(&gathers, batch.old_logps),
+    };
+    let old = tensor(old, &device);
     let advantages = gathers
         .iter()
         .map(|gather| batch.advantages[micro.responses[gather.response]]);
@@ -187,11 +214,17 @@ fn micro_batch(
         .iter()
         .map(|&loss| f64::from(loss))
         .sum();
-    let here = UpdateSums {
+    let sums = UpdateSums {
         loss: value,
         ..here
     };
-    Ok(Some((pass, loss, here)))
+    let responses = gathers.iter().map(|gather| gather.response);
+    Ok(Some(Passed {
+        pass,
+        loss,
+        sums,
+        token_logps: responses.zip(own).collect(),
+    }))
 }
 
 fn surrogate(

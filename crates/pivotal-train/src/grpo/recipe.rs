@@ -84,14 +84,18 @@ pub struct GrpoMetrics {
     /// Share of responses that ended by themselves.
     pub ended_fraction: f64,
     /// Mean k1 estimate of KL(π‖π_ref) a token before the update, in nats, like the three that follow; over the responses that
-    /// went through a pass.
-    pub kl_k1: f64,
+    /// went through a pass. Absent in steps that did not measure it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kl_k1: Option<f64>,
     /// The k2 estimate.
-    pub kl_k2: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kl_k2: Option<f64>,
     /// The k3 estimate.
-    pub kl_k3: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kl_k3: Option<f64>,
     /// The largest |log π − log π_ref|.
-    pub kl_max: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kl_max: Option<f64>,
     /// Mean |sampled − recomputed| log-probability of a token, in nats.
     pub sampling_gap_mean: f64,
     /// The largest.
@@ -305,7 +309,7 @@ impl Training<'_> {
             let numbers = StepNumbers {
                 loss: last.loss,
                 score: Some(last.score),
-                kl: Some(last.kl_k3),
+                kl: last.kl_k3,
                 kept_fraction: Some(last.credit.kept_fraction),
                 segments_per_100_tokens: last.credit.segments_per_100_tokens,
                 grad_norm: last.grad_norm,
@@ -380,7 +384,8 @@ impl Training<'_> {
         let advantages = found.advantages;
 
         // A response that no gradient comes from goes through no pass, unless credit or the KL loss looks at it.
-        let everyone = grpo.kl_coef > 0.0 || credit.rule().selection != Selection::All;
+        let segmented = credit.rule().selection != Selection::All;
+        let everyone = grpo.kl_coef > 0.0 || segmented;
         let live = |index: usize| everyone || advantages[index] != 0.0;
         let layout = |epoch: usize| {
             let cutting = Cutting {
@@ -393,12 +398,21 @@ impl Training<'_> {
         };
         let first = layout(0)?;
         let temperature = config.rollout.temperature;
-        let old_logps = self
-            .clock
-            .update(|| first.token_logps(&self.policy, &rollouts, temperature))?;
+        // A step's only update goes over the policy that sampled: its own pass says what the old log-probabilities are.
+        let one_update = grpo.update_epochs == 1 && first.minibatches.len() == 1;
+        let old_logps = match one_update && !segmented {
+            true => Vec::new(),
+            false => self
+                .clock
+                .update(|| first.token_logps(&self.policy, &rollouts, temperature))?,
+        };
         finite_logps(&rollouts, &old_logps, "old_logps", step)?;
+        let measured = grpo.kl_every > 0 && (step - 1) % grpo.kl_every == 0;
         let (reference_logps, given, numbers) = self.clock.scoring(|| {
-            let reference_logps = first.token_logps(&self.reference, &rollouts, temperature)?;
+            let reference_logps = match everyone || measured {
+                true => first.token_logps(&self.reference, &rollouts, temperature)?,
+                false => Vec::new(),
+            };
             let oracle = self.oracle.as_ref();
             let oracle = OracleLogps::of(oracle, &self.reference, &first, &rollouts)?;
             let signs = sequence_signs(&ids, &totals, grpo.sign_baseline.into())?;
@@ -449,6 +463,13 @@ impl Training<'_> {
             }
             Ok::<_, Error>(())
         })?;
+        let batch = match old_logps.is_empty() {
+            true => GrpoBatch {
+                old_logps: &updates.token_logps,
+                ..batch
+            },
+            false => batch,
+        };
         log.write(records(step, batch, &scores, given.as_deref()))?;
         self.clock.lap(step, stats.tokens)?;
 
@@ -472,6 +493,8 @@ struct Updates {
     first_ratio_deviation: f64,
     grad_norm: f64,
     sums: UpdateSums,
+    /// As the last minibatch read them.
+    token_logps: Vec<Vec<f32>>,
 }
 
 fn update(
@@ -488,7 +511,9 @@ fn update(
         max_response_tokens: config.rollout.max_new_tokens,
     };
     for minibatch in &layout.minibatches {
-        let (sum, sums) = gradients(policy, minibatch, batch, objective, &config.optimizer, step)?;
+        let found = gradients(policy, minibatch, batch, objective, &config.optimizer, step)?;
+        let sums = found.sums;
+        updates.token_logps = found.token_logps;
         if sums.tokens == 0 && config.grpo.kl_coef == 0.0 {
             // Nothing was kept, or every group is flat: Adam's moments are left alone too.
             continue;
@@ -496,7 +521,7 @@ fn update(
         if updates.count == 0 {
             updates.first_ratio_deviation = sums.ratio_deviation;
         }
-        let taken = optimizer.step(policy, sum, lr, step);
+        let taken = optimizer.step(policy, found.gradients, lr, step);
         updates.grad_norm = taken.map_err(|error| match error {
             Error::NotFinite { step, metric, .. } => Error::NotFinite {
                 step,
@@ -523,7 +548,7 @@ fn records<'a>(
         RolloutRecord {
             advantage: Some(batch.advantages[index]),
             old_logps: &batch.old_logps[index],
-            reference_logps: &batch.reference_logps[index],
+            reference_logps: batch.reference_logps.get(index).map_or(&[], Vec::as_slice),
             ..record.with_credit(credit)
         }
     })
@@ -583,11 +608,13 @@ impl GrpoMetrics {
         for (old, reference) in batch.old_logps.iter().zip(batch.reference_logps) {
             kl.merge(&KlSum::of(old, reference, &vec![true; old.len()])?);
         }
-        let mean = |estimator| kl.token_mean(estimator).unwrap_or(0.0);
-        self.kl_k1 = mean(KlEstimator::K1);
-        self.kl_k2 = mean(KlEstimator::K2);
-        self.kl_k3 = mean(KlEstimator::K3);
-        self.kl_max = kl.max_abs_log_ratio;
+        if !batch.reference_logps.is_empty() {
+            let mean = |estimator| Some(kl.token_mean(estimator).unwrap_or(0.0));
+            self.kl_k1 = mean(KlEstimator::K1);
+            self.kl_k2 = mean(KlEstimator::K2);
+            self.kl_k3 = mean(KlEstimator::K3);
+            self.kl_max = Some(kl.max_abs_log_ratio);
+        }
         let gap = gap(batch.rollouts, batch.old_logps);
         self.sampling_gap_mean = gap.mean;
         self.sampling_gap_max = gap.max;

@@ -104,6 +104,9 @@ table! {
         "kl-coef" kl_coef: f64 = 0.0,
         /// The KL loss: k2, k3 or straight_through.
         "kl-loss" kl_loss: KlLoss = KlLoss::K2,
+        /// Steps between measurements of the KL divergence from the reference where nothing but the metrics needs it: each costs a
+        /// pass of the reference. 0 never measures.
+        "kl-every" kl_every: u64 = 1,
         /// Optimizer steps that a pass over the sampled responses is cut into, by prompt.
         "minibatches" minibatches: usize = 1,
         /// Passes over the sampled responses.

@@ -172,6 +172,42 @@ fn grpo_learns_what_its_checks_reward() {
 }
 
 #[test]
+fn measuring_the_divergence_now_and_then_changes_nothing_else() {
+    let scratch = scratch();
+    for (name, every) in [("always", 1), ("sometimes", 2), ("never", 0)] {
+        let flags = format!("--credit-selection all --steps 4 --kl-every {every}");
+        scratch.good(&format!("grpo {MODEL} {flags} --out {name}"));
+    }
+    let adapter = |name: &str| {
+        let file = scratch.path(name).join("adapter/adapter_model.safetensors");
+        std::fs::read(file).unwrap()
+    };
+    assert!(adapter("always") == adapter("sometimes") && adapter("always") == adapter("never"));
+    let measured = |name: &str| -> Vec<bool> {
+        let metrics = lines(&scratch, &format!("{name}/metrics.jsonl"));
+        let keys = ["kl_k1", "kl_k2", "kl_k3", "kl_max"];
+        let known = |line: &Value| keys.map(|key| line.get(key).is_some());
+        metrics
+            .iter()
+            .map(|line| {
+                assert!(
+                    known(line).iter().all(|&one| one == known(line)[0]),
+                    "{line}"
+                );
+                known(line)[0]
+            })
+            .collect()
+    };
+    assert_eq!(measured("always"), [true; 4]);
+    assert_eq!(measured("sometimes"), [true, false, true, false]);
+    assert_eq!(measured("never"), [false; 4]);
+    // A KL loss needs the reference in every step.
+    let flags = "--credit-selection all --steps 2 --kl-every 0 --kl-coef 0.1";
+    scratch.good(&format!("grpo {MODEL} {flags} --out loss"));
+    assert_eq!(measured("loss"), [true; 2]);
+}
+
+#[test]
 fn what_is_wrong_is_said_before_a_run_is_made() {
     let scratch = scratch();
     scratch.write("bare.jsonl", "{\"prompt\": \"a\"}\n");
