@@ -17,6 +17,7 @@ pub mod optimizer;
 pub mod ppo;
 mod progress;
 pub mod reference;
+pub mod reject;
 pub mod reward;
 pub mod run;
 mod schedule;
