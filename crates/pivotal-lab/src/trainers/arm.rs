@@ -125,7 +125,9 @@ impl TokenRule {
     const fn description(self) -> &'static str {
         match self {
             Self::All => "Every token.",
-            Self::AllLonger => "Every token, twice the steps: more compute than credit has with its oracle.",
+            Self::AllLonger => {
+                "Every token, twice the steps: more compute than credit has with its oracle."
+            }
             Self::AllFromOracle => {
                 "Every token, starting from log_ratio's oracle: the pairs and the compute that credit spends on its signal, spent on the policy."
             }
@@ -138,7 +140,9 @@ impl TokenRule {
             Self::Critic => {
                 "Schmitt cut and agreement on the value model's value before each token, baseline the batch's mean."
             }
-            Self::Random => "In each response, as many tokens as log_ratio would keep there, drawn at random.",
+            Self::Random => {
+                "In each response, as many tokens as log_ratio would keep there, drawn at random."
+            }
             Self::Truth => {
                 "The tokens whose known truth agrees with the response's sign: not available in practice."
             }
@@ -179,6 +183,12 @@ pub struct TrainerSettings {
 }
 
 impl TrainerArm {
+    /// DPO on every token, which is the oracle of the others.
+    pub(crate) const ORACLE: Self = Self {
+        trainer: Trainer::Dpo,
+        rule: TokenRule::All,
+    };
+
     /// Every arm, trainer by trainer.
     pub fn all() -> impl Iterator<Item = Self> {
         Trainer::ALL.into_iter().flat_map(|trainer| {

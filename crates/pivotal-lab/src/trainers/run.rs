@@ -181,8 +181,7 @@ impl<'a> Run<'a> {
         with_reference: bool,
     ) -> Result<Observed> {
         let tokens = layout_tokens(layout);
-        let rule = self.credit.rule();
-        let by_oracle = rule.needs_signal() && rule.signal == Signal::LogRatio;
+        let by_oracle = self.by_oracle();
         let cost = &mut self.tally.cost;
         let mut logps = |asked: bool, decoder: &Decoder| match asked {
             true => {
@@ -196,6 +195,31 @@ impl<'a> Run<'a> {
             reference_logps: logps(with_reference || by_oracle, self.origin.start)?,
             oracle_logps: logps(by_oracle, self.origin.oracle)?,
         })
+    }
+
+    /// The same without a pass of the policy, where the loss needs none: as decoding said.
+    pub(super) fn observe_sampled(
+        &mut self,
+        layout: &Layout,
+        rollouts: &[Rollout],
+    ) -> Result<Observed> {
+        let old_logps = rollouts.iter().map(|rollout| rollout.sampled_logps.clone());
+        let mut observed = Observed {
+            old_logps: old_logps.collect(),
+            reference_logps: Vec::new(),
+            oracle_logps: Vec::new(),
+        };
+        if self.by_oracle() {
+            self.tally.cost.score(2 * layout_tokens(layout));
+            observed.reference_logps = layout.token_logps(self.origin.start, rollouts, 1.0)?;
+            observed.oracle_logps = layout.token_logps(self.origin.oracle, rollouts, 1.0)?;
+        }
+        Ok(observed)
+    }
+
+    fn by_oracle(&self) -> bool {
+        let rule = self.credit.rule();
+        rule.needs_signal() && rule.signal == Signal::LogRatio
     }
 
     /// The mask of each sample, given its sign; `advantages` and `critic` as the trainer has them.
