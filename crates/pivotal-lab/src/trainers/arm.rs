@@ -52,6 +52,15 @@ impl Trainer {
         }
     }
 
+    /// About how long a step takes, beside those of the others.
+    pub(crate) const fn weight(self) -> u64 {
+        match self {
+            Self::Dpo | Self::Reject => 1,
+            Self::Grpo => 2,
+            Self::Ppo => 4,
+        }
+    }
+
     /// What the anchor is called.
     pub(crate) const fn anchor_name(self) -> &'static str {
         match self {
@@ -66,7 +75,7 @@ impl Trainer {
 pub enum TokenRule {
     /// Every token.
     All,
-    /// Every token, twice the steps: what the oracle costs, and more.
+    /// Every token, with more steps: what the oracle costs, and more.
     AllLonger,
     /// Every token, starting from the oracle of `LogRatio` instead of the start policy: the same pairs, the same compute.
     AllFromOracle,
@@ -112,7 +121,7 @@ impl TokenRule {
     pub(crate) const fn label(self) -> &'static str {
         match self {
             Self::All => "every token",
-            Self::AllLonger => "every token, twice the steps",
+            Self::AllLonger => "every token, longer",
             Self::AllFromOracle => "every token, from the oracle",
             Self::LogRatio => "segment credit, log_ratio",
             Self::Advantage => "segment credit, advantage",
@@ -126,7 +135,7 @@ impl TokenRule {
         match self {
             Self::All => "Every token.",
             Self::AllLonger => {
-                "Every token, twice the steps: more compute than credit has with its oracle."
+                "Every token, so many more steps that it costs more than credit with its oracle."
             }
             Self::AllFromOracle => {
                 "Every token, starting from log_ratio's oracle: the pairs and the compute that credit spends on its signal, spent on the policy."
@@ -238,10 +247,12 @@ impl TrainerArm {
         self.rule.role()
     }
 
-    /// How many times the usual steps it takes.
+    /// How many times the usual steps it takes. The cheaper a step, the more of them the oracle is worth.
     pub(crate) const fn step_factor(self) -> u64 {
-        match self.rule {
-            TokenRule::AllLonger => 2,
+        match (self.rule, self.trainer) {
+            (TokenRule::AllLonger, Trainer::Reject) => 4,
+            (TokenRule::AllLonger, Trainer::Grpo) => 3,
+            (TokenRule::AllLonger, Trainer::Dpo | Trainer::Ppo) => 2,
             _ => 1,
         }
     }
@@ -249,6 +260,8 @@ impl TrainerArm {
     pub(crate) fn extra_cost(self) -> &'static str {
         match (self.rule, self.trainer) {
             (TokenRule::All | TokenRule::Truth | TokenRule::Advantage | TokenRule::Critic, _) => "",
+            (TokenRule::AllLonger, Trainer::Reject) => "three times as many steps again",
+            (TokenRule::AllLonger, Trainer::Grpo) => "twice as many steps again",
             (TokenRule::AllLonger, _) => "as many steps again",
             (TokenRule::AllFromOracle, _) => "the oracle: its pairs and its steps",
             (_, Trainer::Dpo) => "the oracle's steps, and one scoring pass over the pairs",

@@ -16,10 +16,10 @@ use crate::signal::{SignalQuality, TokenSignal};
 use crate::start_policy;
 use crate::world::tokenizer;
 
-/// How much the on-policy arms compute.
+/// How much the on-policy arms compute: as many steps as DPO, and as many responses a step as its 16 pairs have.
 pub(crate) const ROLLOUTS: RolloutScale = RolloutScale {
     steps: 60,
-    prompts: 8,
+    prompts: 4,
     samples: 8,
 };
 
@@ -123,7 +123,7 @@ impl TrainersExperiment {
         let mut order: Vec<usize> = (0..plans.len()).collect();
         let longer = |&index: &usize| {
             let arm = plans[index].arm;
-            std::cmp::Reverse((arm.step_factor(), arm.trainer))
+            std::cmp::Reverse((arm.step_factor() * arm.trainer.weight(), arm.trainer))
         };
         order.sort_by_key(longer);
         let jobs = order.iter().map(|&index| {

@@ -148,7 +148,7 @@ impl Results<'_> {
             format!(
                 "The value model of PPO starts from the start policy with a head of zero, learning rate {VALUE_LR:e}, which was not tuned. Nor was credit: Schmitt cut, offset 0, baseline 0 (the critic's: the batch's mean)."
             ),
-            "The oracle is unmasked DPO on the seed's 1024 noisy pairs, which reject, GRPO and PPO on every token never see. Two fair rivals spend what it costs: twice the steps (the cost column shows that this is no less), and the same trainer starting from the oracle, which has its pairs as well.".to_owned(),
+            "The oracle is unmasked DPO on the seed's 1024 noisy pairs, which reject, GRPO and PPO on every token never see. Two fair rivals spend what it costs: more steps (the cost column shows that this is no less), and the same trainer starting from the oracle, which has its pairs as well.".to_owned(),
             "Cost: tokens sampled, scored and trained on; a token's forward pass is 1 and its backward pass 2. The oracle's training is counted into every arm that needs it. Evaluation is not counted, nor is what only measures.".to_owned(),
             "Each arm has the best setting of its own grid, found on a tuning split and on seeds that are not reported: docs/bench/trainers/grid.md (learning rate by KL coefficient), and for DPO docs/bench/quickstart-grid.md.".to_owned(),
             "One start policy: the intervals are over seeds of pairs, prompts and samples, and leave out how another start policy would do. One world of 26 tokens and a policy of 0.2 million parameters: nothing here promises a gain for a language model, or reproduces a figure of a paper.".to_owned(),
