@@ -20,6 +20,9 @@ pub enum Error {
     /// The model.
     #[error(transparent)]
     Model(#[from] pivotal_model::Error),
+    /// The world's tokenizer.
+    #[error(transparent)]
+    Data(#[from] pivotal_data::DataError),
     /// A credit rule.
     #[error(transparent)]
     Credit(#[from] pivotal_credit::Error),
@@ -69,6 +72,7 @@ impl HasKind for Error {
             Self::World(error) => error.kind(),
             Self::Train(error) => error.kind(),
             Self::Model(error) => error.kind(),
+            Self::Data(error) => error.kind(),
             Self::Credit(error) => error.kind(),
             Self::Report(error) => error.kind(),
             Self::Pack(_) | Self::Setting { .. } => ErrorKind::Input,

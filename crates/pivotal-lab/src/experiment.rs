@@ -249,7 +249,7 @@ impl Experiment {
         jobs::run(self.threads, jobs.collect(), progress)
     }
 
-    fn train(
+    pub(crate) fn train(
         &self,
         kind: ArmKind,
         settings: ArmSettings,
@@ -284,7 +284,8 @@ impl ArmRun {
     }
 }
 
-fn all_tokens(pairs: &TrainingPairs) -> Vec<[TokenMask; 2]> {
+/// Masks that keep everything.
+pub(crate) fn all_tokens(pairs: &TrainingPairs) -> Vec<[TokenMask; 2]> {
     let all = |pair: &TokenizedPair| [pair.chosen.len(), pair.rejected.len()].map(TokenMask::all);
     pairs.tokenized.iter().map(all).collect()
 }

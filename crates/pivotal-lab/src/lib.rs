@@ -2,7 +2,8 @@
 //!
 //! [`world`] is step-by-step column arithmetic, in which a policy forgets carries: it makes token ids, and says which of
 //! them are wrong. [`start_policy`] is a small decoder trained on its corpus, [`evaluate`] scores a policy without
-//! sampling, [`quickstart()`] compares segment credit with what it must beat, and [`grid()`] tunes each arm beforehand.
+//! sampling, [`quickstart()`] compares segment credit with what it must beat, and [`grid()`] tunes each arm beforehand;
+//! [`trainers()`] and [`trainers_grid()`] do the same with every trainer.
 
 mod arm;
 mod error;
@@ -14,6 +15,7 @@ mod quickstart;
 mod signal;
 pub mod start_policy;
 mod study;
+mod trainers;
 mod training_pairs;
 mod views;
 pub mod world;
@@ -22,3 +24,7 @@ pub use arm::{ArmKind, ArmSettings};
 pub use error::{Error, Result};
 pub use grid::{BETAS, GridResult, GridRow, GridSettings, LEARNING_RATES, grid, tuned_arms};
 pub use quickstart::{QuickstartSettings, quickstart};
+pub use trainers::{
+    TRAINER_LEARNING_RATES, TokenRule, Trainer, TrainerArm, TrainerSettings, TrainersGrid,
+    TrainersGridRow, TrainersGridSettings, TrainersStudySettings, trainers, trainers_grid,
+};

@@ -33,7 +33,8 @@ pub(crate) struct Results<'a> {
     pub(crate) views: Vec<PairView>,
 }
 
-const START: &str = "start";
+/// Key of the start policy.
+pub(crate) const START: &str = "start";
 
 impl Results<'_> {
     pub(crate) fn into_study(self) -> Study {
@@ -41,7 +42,7 @@ impl Results<'_> {
             true => "Smoke test of the quickstart: the numbers mean nothing",
             false => "Does segment credit help where labels are noisy?",
         };
-        let mut arms = vec![self.start_arm()];
+        let mut arms = vec![start_arm(&self.settings.seeds, self.start)];
         arms.extend(ArmKind::ALL.map(|kind| self.arm(kind)));
         Study {
             title: title.to_owned(),
@@ -63,23 +64,6 @@ impl Results<'_> {
             notes: self.notes(),
             examples: self.views,
             ..Study::default()
-        }
-    }
-
-    fn start_arm(&self) -> Arm {
-        let mut values = BTreeMap::new();
-        for &seed in &self.settings.seeds {
-            add_splits(&mut values, seed, self.start);
-        }
-        Arm {
-            key: START.to_owned(),
-            label: "Start policy".to_owned(),
-            role: Role::Start,
-            description: "The policy that every arm starts from; the same for every seed."
-                .to_owned(),
-            settings: BTreeMap::new(),
-            extra_cost: String::new(),
-            values,
         }
     }
 
@@ -178,16 +162,35 @@ impl Results<'_> {
     }
 }
 
-type Values = BTreeMap<String, SeedValues>;
+/// Metric, then seed.
+pub(crate) type Values = BTreeMap<String, SeedValues>;
 
-fn add(values: &mut Values, key: &str, seed: u64, value: f64) {
+/// The policy that every arm starts from, as an arm.
+pub(crate) fn start_arm(seeds: &[u64], scores: &[SplitScores]) -> Arm {
+    let mut values = Values::new();
+    for &seed in seeds {
+        add_splits(&mut values, seed, scores);
+    }
+    Arm {
+        key: START.to_owned(),
+        label: "Start policy".to_owned(),
+        role: Role::Start,
+        description: "The policy that every arm starts from; the same for every seed.".to_owned(),
+        settings: BTreeMap::new(),
+        extra_cost: String::new(),
+        values,
+    }
+}
+
+pub(crate) fn add(values: &mut Values, key: &str, seed: u64, value: f64) {
     values
         .entry(key.to_owned())
         .or_default()
         .insert(seed, value);
 }
 
-fn add_splits(values: &mut Values, seed: u64, splits: &[SplitScores]) {
+/// The reported splits' scores.
+pub(crate) fn add_splits(values: &mut Values, seed: u64, splits: &[SplitScores]) {
     for (split, scores) in REPORTED.iter().zip(splits) {
         add(values, split.name(), seed, scores.exact);
         if *split == Split::HeldOut {
@@ -197,7 +200,7 @@ fn add_splits(values: &mut Values, seed: u64, splits: &[SplitScores]) {
     }
 }
 
-fn metric(key: &str, label: &str, split: &str, description: String) -> Metric {
+pub(crate) fn metric(key: &str, label: &str, split: &str, description: String) -> Metric {
     Metric {
         split: split.to_owned(),
         description,
@@ -205,7 +208,16 @@ fn metric(key: &str, label: &str, split: &str, description: String) -> Metric {
     }
 }
 
-fn metrics(scale: Scale) -> Vec<Metric> {
+/// A metric that no way is better of.
+pub(crate) fn describes(metric: Metric) -> Metric {
+    Metric {
+        better: Better::Neither,
+        ..metric
+    }
+}
+
+/// What is measured on the reported splits.
+pub(crate) fn split_metrics(scale: Scale) -> Vec<Metric> {
     let Scale {
         prompts,
         other_prompts,
@@ -217,16 +229,8 @@ fn metrics(scale: Scale) -> Vec<Metric> {
         );
         metric(key, "Exact", split, description)
     };
-    let describes = |metric: Metric| Metric {
-        better: Better::Neither,
-        ..metric
-    };
     let greedy = "Held-out prompts whose greedy response is the right one.".to_owned();
     let kl = "Σ over the right response's tokens of KL(policy ‖ start policy), exact over the vocabulary, mean over prompts.";
-    let decisive = format!(
-        "Of the tokens that should be kept and have a probability below {DECISIVE_PROBABILITY} under the start policy, the share that is kept."
-    );
-    let weighted = "Of the kept tokens, each weighted by 1 − p under the start policy, the share that should be kept.";
     vec![
         exact(
             "held_out",
@@ -257,6 +261,16 @@ fn metrics(scale: Scale) -> Vec<Metric> {
             unit: "nats".to_owned(),
             ..metric("kl", "KL to start", "held out", kl.to_owned())
         }),
+    ]
+}
+
+fn metrics(scale: Scale) -> Vec<Metric> {
+    let mut metrics = split_metrics(scale);
+    let decisive = format!(
+        "Of the tokens that should be kept and have a probability below {DECISIVE_PROBABILITY} under the start policy, the share that is kept."
+    );
+    let weighted = "Of the kept tokens, each weighted by 1 − p under the start policy, the share that should be kept.";
+    metrics.extend([
         metric("decisive_recall", "Decisive recall", "pairs", decisive),
         metric(
             "weighted_precision",
@@ -276,7 +290,8 @@ fn metrics(scale: Scale) -> Vec<Metric> {
             "rejected",
             "Share of the rejected responses' tokens in the loss.".to_owned(),
         )),
-    ]
+    ]);
+    metrics
 }
 
 fn signal_metrics(scale: Scale) -> Vec<Metric> {

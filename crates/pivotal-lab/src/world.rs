@@ -40,6 +40,7 @@
 //! | [`pairs`] | preference pairs: mistakes on both sides, labels flipped at a known rate |
 //! | [`splits`] | held-out, tuning, shifted, adversarial and retention sets |
 //! | [`retention`] | the second skill: sorting digits |
+//! | [`tokenizer()`] | the world's characters as a tokenizer, for recipes that want one |
 //!
 //! Everything is a function of a seed, in integers, from ChaCha streams: the same bytes on every machine.
 //!
@@ -64,7 +65,7 @@
 //! ```
 
 pub mod corpus;
-mod draw;
+pub(crate) mod draw;
 mod error;
 pub mod judge;
 pub mod mistakes;
@@ -72,7 +73,9 @@ pub mod pairs;
 pub mod problem;
 pub mod retention;
 pub mod splits;
+mod tokenizer;
 pub mod truth;
 pub mod vocabulary;
 
 pub use error::WorldError;
+pub use tokenizer::tokenizer;

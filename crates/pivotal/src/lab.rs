@@ -1,15 +1,19 @@
-//! `pivotal lab`: how the embedded world's start policy and the arms' settings were made.
+//! `pivotal lab`: the study of every trainer, and how the embedded world's start policy and the arms' settings were made.
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use pivotal_core::write_atomic;
 use pivotal_lab::start_policy::{self, StartPolicySettings};
-use pivotal_lab::{GridSettings, grid};
+use pivotal_lab::{
+    GridSettings, Trainer, TrainersGridSettings, TrainersStudySettings, grid, trainers,
+    trainers_grid,
+};
 
 use crate::failure::Failure;
 use crate::machine;
 use crate::output::print_line;
+use crate::studies;
 
 /// `pivotal lab`.
 #[derive(Args)]
@@ -32,6 +36,48 @@ enum LabCommand {
         #[arg(long, value_delimiter = ',', default_values_t = [101, 102])]
         seeds: Vec<u64>,
     },
+    /// Compare DPO, rejection sampling, GRPO and PPO, each with every token and with segment credit; write a report.
+    Trainers {
+        /// Every stage at a fraction of its size: shows that it runs, and nothing about credit.
+        #[arg(long, conflicts_with = "seeds")]
+        smoke: bool,
+        /// Seeds of pairs, prompts and samples, with commas between.
+        #[arg(long, value_delimiter = ',', default_values_t = [1, 2, 3])]
+        seeds: Vec<u64>,
+        /// The directory for `report.html`, `report.md` and `study.json`.
+        #[arg(long, default_value = "runs/trainers")]
+        out: PathBuf,
+        /// Replace the reports in an existing directory.
+        #[arg(long)]
+        overwrite: bool,
+    },
+    /// Train every arm of `lab trainers` at every setting, scored on a split that is never reported; print the table.
+    TrainersGrid {
+        /// Seeds of pairs, prompts and samples, with commas between; not those of a report.
+        #[arg(long, value_delimiter = ',', default_values_t = [101, 102])]
+        seeds: Vec<u64>,
+        /// Whose arms, with commas between; `lab grid` has DPO's.
+        #[arg(long, value_delimiter = ',', default_values = ["reject", "grpo", "ppo"])]
+        trainers: Vec<OnPolicy>,
+    },
+}
+
+/// The trainers that sample.
+#[derive(Clone, Copy, ValueEnum)]
+enum OnPolicy {
+    Reject,
+    Grpo,
+    Ppo,
+}
+
+impl From<OnPolicy> for Trainer {
+    fn from(trainer: OnPolicy) -> Self {
+        match trainer {
+            OnPolicy::Reject => Self::Reject,
+            OnPolicy::Grpo => Self::Grpo,
+            OnPolicy::Ppo => Self::Ppo,
+        }
+    }
 }
 
 impl Lab {
@@ -47,6 +93,33 @@ impl Lab {
                     result.start,
                     result.to_markdown()
                 ))
+            }
+            LabCommand::Trainers {
+                smoke,
+                seeds,
+                out,
+                overwrite,
+            } => {
+                studies::check_out(&out, overwrite)?;
+                let mut settings = match smoke {
+                    true => TrainersStudySettings::smoke(),
+                    false => TrainersStudySettings {
+                        seeds,
+                        ..TrainersStudySettings::default()
+                    },
+                };
+                settings.threads = machine::threads(threads);
+                studies::run(&out, |progress| trainers(&settings, progress))
+            }
+            LabCommand::TrainersGrid { seeds, trainers } => {
+                let settings = TrainersGridSettings {
+                    seeds,
+                    trainers: trainers.into_iter().map(Trainer::from).collect(),
+                    threads: machine::threads(threads),
+                };
+                let result = trainers_grid(&settings, &mut |line| eprintln!("{line}"))?;
+                let table = result.to_markdown();
+                print_line(&format!("start policy: {:.3}\n\n{table}", result.start))
             }
         }
     }

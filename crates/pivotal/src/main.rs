@@ -16,6 +16,7 @@ mod machine;
 mod output;
 mod quickstart;
 mod recipes;
+mod studies;
 
 use std::process::ExitCode;
 

@@ -1,16 +1,13 @@
 //! `pivotal quickstart`: one command from nothing to a measured result and a report.
 
 use std::path::PathBuf;
-use std::time::Instant;
 
 use clap::Args;
-use pivotal_core::write_atomic;
 use pivotal_lab::{QuickstartSettings, quickstart};
-use pivotal_report::{Colour, Report};
 
 use crate::failure::Failure;
 use crate::machine;
-use crate::output::print_line;
+use crate::studies;
 
 /// `pivotal quickstart`.
 #[derive(Args)]
@@ -31,12 +28,7 @@ pub(crate) struct Quickstart {
 
 impl Quickstart {
     pub(crate) fn run(self, threads: usize) -> Result<(), Failure> {
-        let out = self.out.display();
-        if self.out.exists() && !self.overwrite {
-            return Err(Failure::input(format!(
-                "`{out}` exists: give `--overwrite` to replace its reports, or another `--out`"
-            )));
-        }
+        studies::check_out(&self.out, self.overwrite)?;
         let mut settings = match self.smoke {
             true => QuickstartSettings::smoke(),
             false => QuickstartSettings {
@@ -45,25 +37,6 @@ impl Quickstart {
             },
         };
         settings.threads = machine::threads(threads);
-        let begin = Instant::now();
-        let mut study = quickstart(&settings, &mut |line| {
-            eprintln!("{:6.1} s  {line}", begin.elapsed().as_secs_f64());
-        })?;
-        study.machine = machine::description();
-        study.date = machine::today();
-        study
-            .versions
-            .insert("pivotal".into(), env!("CARGO_PKG_VERSION").into());
-        let report = Report::new(&study)?;
-        std::fs::create_dir_all(&self.out)
-            .map_err(|error| Failure::system(&format!("could not make `{out}`: {error}")))?;
-        write_atomic(&self.out.join("study.json"), study.to_json()?.as_bytes())?;
-        write_atomic(&self.out.join("report.md"), report.markdown().as_bytes())?;
-        write_atomic(&self.out.join("report.html"), report.html()?.as_bytes())?;
-        print_line(&report.terminal(Colour::Never))?;
-        print_line(&format!(
-            "in {:.0} s; the report with pictures: {out}/report.html",
-            begin.elapsed().as_secs_f64()
-        ))
+        studies::run(&self.out, |progress| quickstart(&settings, progress))
     }
 }

@@ -428,6 +428,7 @@ impl Training<'_> {
                 signal_beta: config.signal.signal_beta as f32,
                 advantages: &spread,
                 critic: &[],
+                truth: &[],
             };
             let (given, numbers) = credit.assign(&rollouts, &scores, &signs, inputs, tokenizer)?;
             Ok::<_, Error>((reference_logps, given, numbers))

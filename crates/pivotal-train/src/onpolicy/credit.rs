@@ -48,6 +48,8 @@ pub struct SignalInputs<'a> {
     pub advantages: &'a [Vec<f32>],
     /// The value model's value of the state before each token.
     pub critic: &'a [Vec<f32>],
+    /// Whether each token is right, where the world knows: for the selection `truth`.
+    pub truth: &'a [Vec<bool>],
 }
 
 /// Log-probabilities at temperature 1, `[rollouts][tokens]` in nats; empty without an oracle.
@@ -243,6 +245,7 @@ impl RolloutCredit {
                 let sample = rollout.sample as u32;
                 let mut response = Response::new(rollout.id, sample, &signal[index], signs[index]);
                 response.texts = texts.as_ref().map(|texts| &texts[index][..]);
+                response.truth = inputs.truth.get(index).map(Vec::as_slice);
                 let columns = &mut response.columns;
                 columns.old_token_logps = column(inputs.old_logps, index);
                 // Masks are made before the first update: the policy is the one that sampled.

@@ -415,6 +415,7 @@ impl Training<'_> {
             signal_beta: config.signal.signal_beta as f32,
             advantages: &experience.advantages,
             critic: &experience.old_values,
+            truth: &[],
         };
         let credit = &mut self.credit;
         let (given, credit) = self
