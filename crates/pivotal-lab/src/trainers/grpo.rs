@@ -38,7 +38,7 @@ pub(super) fn train(run: &mut Run<'_>, kl_coef: f64) -> Result<()> {
         for minibatch in &layout.minibatches {
             let optimizer_settings = &run.optimizer_settings;
             let policy = &mut run.policy;
-            let (sum, sums) = gradients(
+            let found = gradients(
                 policy,
                 minibatch,
                 batch,
@@ -47,8 +47,9 @@ pub(super) fn train(run: &mut Run<'_>, kl_coef: f64) -> Result<()> {
                 step,
             )?;
             run.tally.cost.train(minibatch_tokens(minibatch));
-            if sums.tokens > 0 || kl_coef > 0.0 {
-                run.optimizer.step(&mut run.policy, sum, lr, step)?;
+            if found.sums.tokens > 0 || kl_coef > 0.0 {
+                run.optimizer
+                    .step(&mut run.policy, found.gradients, lr, step)?;
             }
         }
     }

@@ -86,7 +86,8 @@ fn measured(samples: &Samples, observed: &Observed, values: Vec<ResponseValues>)
         .map(|(index, (rollout, values))| Measured {
             id: rollout.id,
             sample: rollout.sample as u32,
-            score: samples.scores[index].total,
+            score: samples.scores[index].parts,
+            penalty: samples.scores[index].penalty,
             ending: match rollout.finish {
                 Finish::Length => Ending::Truncated,
                 Finish::Eos | Finish::Stop => Ending::Eos,

@@ -5,8 +5,8 @@ use pivotal_credit::{Selection, Signal, log_ratio};
 use pivotal_data::Tokenizer;
 use pivotal_model::Decoder;
 use pivotal_train::onpolicy::{
-    Cutting, Layout, Minibatch, Rollout, RolloutCredit, RolloutSettings, Sampler, SignalInputs,
-    masks,
+    Cutting, Layout, Minibatch, OracleLogps, Rollout, RolloutCredit, RolloutSettings, Sampler,
+    SignalInputs, masks,
 };
 use pivotal_train::optimizer::NamedAdamW;
 use pivotal_train::settings::{OptimizerSettings, Precision};
@@ -55,7 +55,7 @@ pub(super) struct Run<'a> {
 pub(super) struct Observed {
     pub(super) old_logps: Vec<Vec<f32>>,
     pub(super) reference_logps: Vec<Vec<f32>>,
-    oracle_logps: Vec<Vec<f32>>,
+    oracle: OracleLogps,
 }
 
 /// What a run came to.
@@ -190,10 +190,17 @@ impl<'a> Run<'a> {
             }
             false => Ok(Vec::new()),
         };
+        let old_logps = logps(true, &self.policy)?;
+        let reference_logps = logps(with_reference || by_oracle, self.origin.start)?;
+        // The world samples at temperature 1, so that one pass of the reference serves both.
+        let oracle = OracleLogps {
+            oracle: logps(by_oracle, self.origin.oracle)?,
+            reference: reference_logps.clone(),
+        };
         Ok(Observed {
-            old_logps: logps(true, &self.policy)?,
-            reference_logps: logps(with_reference || by_oracle, self.origin.start)?,
-            oracle_logps: logps(by_oracle, self.origin.oracle)?,
+            old_logps,
+            reference_logps,
+            oracle,
         })
     }
 
@@ -207,12 +214,12 @@ impl<'a> Run<'a> {
         let mut observed = Observed {
             old_logps: old_logps.collect(),
             reference_logps: Vec::new(),
-            oracle_logps: Vec::new(),
+            oracle: OracleLogps::default(),
         };
         if self.by_oracle() {
             self.tally.cost.score(2 * layout_tokens(layout));
-            observed.reference_logps = layout.token_logps(self.origin.start, rollouts, 1.0)?;
-            observed.oracle_logps = layout.token_logps(self.origin.oracle, rollouts, 1.0)?;
+            let oracle = Some(self.origin.oracle);
+            observed.oracle = OracleLogps::of(oracle, self.origin.start, layout, rollouts)?;
         }
         Ok(observed)
     }
@@ -234,7 +241,7 @@ impl<'a> Run<'a> {
         let inputs = SignalInputs {
             old_logps: &observed.old_logps,
             reference_logps: &observed.reference_logps,
-            oracle_logps: &observed.oracle_logps,
+            oracle: &observed.oracle,
             signal_beta: 1.0,
             advantages,
             critic,
@@ -256,8 +263,8 @@ impl<'a> Run<'a> {
                     TokenRule::Advantage => self.tally.signal(&advantages[index], truth),
                     TokenRule::Critic => self.tally.signal(&critic[index], truth),
                     _ => {
-                        let oracle = &observed.oracle_logps[index];
-                        let ratio = log_ratio(1.0, oracle, &observed.reference_logps[index])?;
+                        let OracleLogps { oracle, reference } = &observed.oracle;
+                        let ratio = log_ratio(1.0, &oracle[index], &reference[index])?;
                         self.tally.signal(&ratio, truth);
                     }
                 }

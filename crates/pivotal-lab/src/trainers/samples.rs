@@ -64,6 +64,8 @@ impl Samples {
             let total = f32::from(u8::from(right != flipped));
             ResponseScore {
                 total,
+                parts: total,
+                penalty: 0.0,
                 checks: Some(total),
                 values: None,
                 reward: None,

@@ -447,6 +447,7 @@ impl Training<'_> {
                 signal_beta: config.signal.signal_beta as f32,
                 advantages: &[],
                 critic: &[],
+                truth: &[],
             };
             let signs = vec![Sign::Positive; chosen.len()];
             credit.assign(chosen, scores, &signs, inputs, tokenizer)
