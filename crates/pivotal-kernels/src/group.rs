@@ -24,8 +24,11 @@ const TASK_WORDS: usize = 28 << 10;
 const TASK_PANELS: usize = 8;
 /// Pairs summed in registers before the sums go to memory, a multiple of 16: a right panel of that depth is 192 KiB.
 const RUN_PAIRS: usize = 1024;
-/// The same with AMX, which wants the right panel in the first-level cache: 36 KiB.
-const RUN_PAIRS_AMX: usize = 192;
+/// The same with AMX, whose sums cost little to keep.
+const RUN_PAIRS_AMX: usize = 2048;
+/// Pairs at which two runs are faster with AMX, because half of a right panel (36 KiB) stays in the first-level cache while the
+/// rows pass, and all of it would not. Three runs or more are slower than one.
+const HALVED: std::ops::RangeInclusive<usize> = 193..=384;
 /// Segments summed in registers at most.
 const RUN_PIECES: usize = 6;
 
@@ -168,11 +171,12 @@ unsafe fn multiply_panel(
 ) {
     let mut run = [(0, 0, 0); RUN_PIECES];
     let most = match tiles {
-        // Runs of like depth.
         Some(_) => {
             let pairs: usize = segments.iter().map(Segment::left_pairs).sum();
-            let runs = pairs.div_ceil(RUN_PAIRS_AMX).max(1);
-            pairs.div_ceil(runs).next_multiple_of(16)
+            match HALVED.contains(&pairs) {
+                true => pairs.div_ceil(2).next_multiple_of(16),
+                false => RUN_PAIRS_AMX,
+            }
         }
         None => RUN_PAIRS,
     };

@@ -92,20 +92,16 @@ pub(crate) fn pack<const W: usize>(source: Source<'_>, words: &mut [f32]) {
         source.lines * source.k,
         |units| {
             for at in units {
-                for group in 0..unit / GROUP {
-                    // SAFETY: the features were checked; the source by `check`; unit `at` of the target is this block's own,
-                    // and `words` has room for it by the length asserted above.
-                    unsafe {
-                        let first = at * unit + group * GROUP;
-                        let target = target
-                            .at(at * unit * pairs)
-                            .cast::<u32>()
-                            .add(group * GROUP);
-                        if source.k_stride == 1 {
-                            pack_along_k::<W>(source, first, target);
-                        } else {
-                            pack_across_k::<W>(source, first, target);
-                        }
+                // SAFETY: the features were checked; the source by `check`; unit `at` of the target is this block's own,
+                // and `words` has room for it by the length asserted above.
+                unsafe {
+                    let (first, target) = (at * unit, target.at(at * unit * pairs).cast::<u32>());
+                    if source.k_stride != 1 {
+                        pack_across_k::<W>(source, first, target);
+                        continue;
+                    }
+                    for group in (0..unit).step_by(GROUP) {
+                        pack_along_k::<W>(source, first + group, target.add(group));
                     }
                 }
             }
@@ -194,10 +190,11 @@ unsafe fn pack_along_k<const W: usize>(source: Source<'_>, first: usize, target:
     }
 }
 
-/// Packs 16 lines that lie side by side: two consecutive elements of the sum are two rows, interleaved.
+/// Packs a panel's lines, at least 16, that lie side by side: two consecutive elements of the sum are two rows, interleaved. A
+/// row's part is read at one go, for the next row is another page.
 ///
 /// # Safety
-/// `source` passed `check` and has `line_stride` 1; `target` as for [`store_pair`].
+/// `source` passed `check` and has `line_stride` 1; `target` is the panel, or the two of 8 lines.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 unsafe fn pack_across_k<const W: usize>(source: Source<'_>, first: usize, target: *mut u32) {
     const INTERLEAVE: [u16; 32] = {
@@ -211,10 +208,10 @@ unsafe fn pack_across_k<const W: usize>(source: Source<'_>, first: usize, target
         order
     };
     let pairs = padded_pairs(source.k);
-    let mask = first_lanes(source.lines.saturating_sub(first));
     // SAFETY: 32 words of 16 bits are one vector.
     let order = unsafe { _mm512_loadu_si512(INTERLEAVE.as_ptr().cast()) };
-    let words = |pair: usize| {
+    let words = |first: usize, pair: usize| {
+        let mask = first_lanes(source.lines.saturating_sub(first));
         let from = source
             .values
             .as_ptr()
@@ -234,7 +231,7 @@ unsafe fn pack_across_k<const W: usize>(source: Source<'_>, first: usize, target
         for pair in (0..pairs).step_by(GROUP) {
             let mut block = [_mm512_setzero_si512(); GROUP];
             for (offset, lines) in block.iter_mut().enumerate() {
-                *lines = words(pair + offset);
+                *lines = words(first, pair + offset);
             }
             // SAFETY: pair < pairs, a multiple of 16.
             unsafe { store_tile(target, pair, transpose(block)) };
@@ -242,8 +239,13 @@ unsafe fn pack_across_k<const W: usize>(source: Source<'_>, first: usize, target
         return;
     }
     for pair in 0..pairs {
-        // SAFETY: pair < pairs.
-        unsafe { store_pair::<W>(target, pair, pairs, words(pair)) };
+        for group in (0..W.max(GROUP)).step_by(GROUP) {
+            // SAFETY: pair < pairs, and the group is one of the panel's.
+            unsafe {
+                let target = target.add(group);
+                store_pair::<W>(target, pair, pairs, words(first + group, pair));
+            }
+        }
     }
 }
 

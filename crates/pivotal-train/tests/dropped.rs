@@ -87,6 +87,7 @@ fn step(
         beta: 0.1,
         normalisation: Normalisation::KeptMean,
         dropped_every: every,
+        reference: None,
     };
     let settings = OptimizerSettings {
         micro_batch_tokens: budget,
