@@ -341,6 +341,8 @@ mod tests {
     fn score(total: f32) -> ResponseScore {
         ResponseScore {
             total,
+            parts: total,
+            penalty: 0.0,
             checks: Some(total),
             values: None,
             reward: None,
