@@ -29,7 +29,7 @@ fn gae(gamma: f64, lambda: f64, rewards: &[f32], values: &[f32], mask: &[bool]) 
 
 /// verl's test of REINFORCE++: mask [1, 0, 1], r = [0, 0, 1], γ = 0.5.
 #[test]
-fn gae_passes_over_an_observation_without_discount() {
+fn detail_18_gae_passes_over_an_observation_without_discount() {
     let mask = [true, false, true];
     let returns = discounted_returns(&[0.0, 0.0, 1.0], &mask, 0.5).unwrap();
     assert_eq!(returns, [0.5, 1.0, 1.0]);
@@ -48,7 +48,7 @@ fn gae_passes_over_an_observation_without_discount() {
 
 /// ROLL's fault: mask [1, 1, 0], values [0, 0, 100], rewards [0, 1, 0]; with the 100 let in, advantages are near 6.
 #[test]
-fn gae_reads_no_value_after_the_last_token() {
+fn detail_18_gae_reads_no_value_after_the_last_token() {
     let (rewards, mask) = ([0.0, 1.0, 0.0], [true, true, false]);
     for (gamma, lambda) in [(1.0, 0.95), (0.99, 0.95), (1.0, 1.0), (0.05, 0.95)] {
         let found = gae(gamma, lambda, &rewards, &[0.0, 0.0, 100.0], &mask);
@@ -58,7 +58,7 @@ fn gae_reads_no_value_after_the_last_token() {
 }
 
 #[test]
-fn gae_of_a_plain_response_by_hand() {
+fn detail_18_gae_of_a_plain_response_by_hand() {
     // δ = [0 + 0.5·0.4 − 0.2, 1 + 0.5·0.8 − 0.4, 2 − 0.8] = [0, 1, 1.2]; γλ = 0.25.
     let found = gae(0.5, 0.5, &[0.0, 1.0, 2.0], &[0.2, 0.4, 0.8], &[true; 3]);
     close(&found.advantages, &[0.325, 1.3, 1.2]);
@@ -66,7 +66,7 @@ fn gae_of_a_plain_response_by_hand() {
 }
 
 #[test]
-fn gae_of_leading_padding_is_zero() {
+fn detail_18_gae_of_leading_padding_is_zero() {
     let found = gae(
         1.0,
         0.95,
@@ -100,7 +100,7 @@ fn gae_bootstraps_a_truncated_response_only_if_asked() {
 
 /// The keep mask is Credit's output and no input of GAE: whatever is kept, the advantages are those of every token.
 #[test]
-fn the_keep_mask_never_enters_gae() {
+fn detail_18_the_keep_mask_never_enters_gae() {
     let (rewards, values) = ([0.1, -0.2, 1.0, 0.5], [0.3, 0.1, -0.4, 0.2]);
     let all = gae(1.0, 0.95, &rewards, &values, &[true; 4]);
     let config: CreditConfig = toml::from_str("cut = 'token'").unwrap();
@@ -120,7 +120,7 @@ fn the_keep_mask_never_enters_gae() {
 
 /// Huang et al. 2024: 1.2 to 2.0 in a 3 × 3 batch, mean 1.6, variance 0.0667 biased and 0.0750 unbiased.
 #[test]
-fn whitening_with_the_mean_kept_is_0508_biased_and_1394_with_bessel() {
+fn detail_19_whitening_with_the_mean_kept_is_0508_biased_and_1394_with_bessel() {
     let first = |mean, variance| {
         let mut rows: Vec<Vec<f32>> = (0..3_u8)
             .map(|row| {
@@ -159,7 +159,7 @@ fn whitening_with_the_mean_kept_is_0508_biased_and_1394_with_bessel() {
 }
 
 #[test]
-fn whitening_of_at_most_one_token_is_defined() {
+fn detail_19_whitening_of_at_most_one_token_is_defined() {
     for variance in [Variance::Biased, Variance::Bessel] {
         for (mean, want) in [
             (WhitenMean::Removed, [0.0, 9.0]),
@@ -231,7 +231,7 @@ fn a_value_that_is_not_finite_is_refused_before_anything_is_changed() {
 }
 
 #[test]
-fn group_advantages_by_hand() {
+fn detail_25_group_advantages_by_hand() {
     let (prompts, scores) = ([5, 9, 5, 9, 5], [1.0, 0.0, 2.0, 4.0, 3.0]);
     let of = |kind, variance| {
         group_advantages(&prompts, &scores, kind, variance, 0.0)
@@ -266,7 +266,7 @@ fn group_advantages_by_hand() {
 }
 
 #[test]
-fn a_group_of_one_or_of_equal_scores_has_advantage_zero() {
+fn detail_25_a_group_of_one_or_of_equal_scores_has_advantage_zero() {
     for &kind in GroupAdvantage::ALL {
         for variance in [Variance::Biased, Variance::Bessel] {
             for epsilon in [0.0, 1e-4] {
@@ -338,13 +338,13 @@ fn a_running_baseline_survives_a_checkpoint_bit_for_bit() {
 }
 
 #[test]
-fn the_sign_of_a_score_at_its_baseline_is_neutral() {
+fn detail_28_the_sign_of_a_score_at_its_baseline_is_neutral() {
     let signs = sequence_signs(&[1, 1, 1], &[0.1; 3], ScoreBaseline::Group).unwrap();
     assert_eq!(signs, [Sign::Neutral; 3]);
 }
 
 #[test]
-fn explained_variance_is_one_of_the_truth_and_negative_of_worse_than_a_constant() {
+fn detail_20_explained_variance_is_one_of_the_truth_and_negative_of_worse_than_a_constant() {
     let (returns, mask) = ([1.0, 2.0, 3.0], [true; 3]);
     assert_eq!(
         explained_variance(&returns, &returns, &mask).unwrap(),

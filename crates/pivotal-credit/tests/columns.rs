@@ -28,7 +28,7 @@ fn pivots(given: &ResponseCredit) -> Vec<usize> {
 
 /// The classic off-by-one: a value head at token t has read that token; the critic's value of t has not.
 #[test]
-fn level_includes_the_token_and_critic_excludes_it() {
+fn detail_04_level_includes_the_token_and_critic_excludes_it() {
     // A value head's outputs at the last prompt token and at each response token; token 1 is the blunder.
     let (prompt_level, levels) = (0.5, [0.5, -1.0, -1.0]);
     let (before, after_last) = critic(prompt_level, &levels);
@@ -54,7 +54,7 @@ fn level_includes_the_token_and_critic_excludes_it() {
 
 /// The co-authors' PPO: values and advantages of the same sign are kept, token by token.
 #[test]
-fn an_advantages_sign_is_compared_token_by_token() {
+fn detail_28_an_advantages_sign_is_compared_token_by_token() {
     let values = [0.5, 0.25, -0.5, -0.25, 0.5, -0.5];
     let advantages = [1.0, -1.0, -2.0, 2.0, 0.0, 0.0];
     let columns = TokenColumns {

@@ -48,7 +48,7 @@ struct GaeCase {
 }
 
 #[test]
-fn gae_is_the_definitions_double_sum() {
+fn detail_18_gae_is_the_definitions_double_sum() {
     for case in cases::<GaeCase>(include_str!("golden/gae.json")) {
         let mask = flags(&case.response_mask);
         let gae = Gae::new(case.gamma, case.gae_lambda).unwrap();

@@ -59,7 +59,7 @@ fn config(cut: CutRule) -> CreditConfig {
 
 proptest! {
     #[test]
-    fn hysteresis_never_flips_more_than_no_offset(
+    fn detail_26_hysteresis_never_flips_more_than_no_offset(
         signal in signal(), baseline in quarters(-4..=4), offset in quarters(0..=6)
     ) {
         let wide = states(&signal, baseline, offset, Between::Hold);
@@ -77,7 +77,7 @@ proptest! {
     }
 
     #[test]
-    fn idempotent_on_its_own_output(
+    fn detail_26_idempotent_on_its_own_output(
         signal in signal(), baseline in quarters(-4..=4), offset in quarters(0..=6), between in between()
     ) {
         let once = states(&signal, baseline, offset, between);
@@ -106,7 +106,7 @@ proptest! {
     }
 
     #[test]
-    fn segments_tile_under_every_rule(
+    fn detail_26_segments_tile_under_every_rule(
         signal in signal(), sign in sign(), min_len in 1..6_usize, seed in any::<u64>(),
         own in prop::collection::vec(any::<bool>(), LONGEST),
     ) {

@@ -31,7 +31,7 @@ fn kl(from: &[f64], to: &[f64]) -> f64 {
 }
 
 #[test]
-fn k1_and_k3_are_unbiased_by_enumeration_over_five_tokens() {
+fn detail_21_k1_and_k3_are_unbiased_by_enumeration_over_five_tokens() {
     let (policy, reference) = (softmax(&POLICY), softmax(&REFERENCE));
     let expected = |estimator: KlEstimator| -> f64 {
         let pairs = policy.iter().zip(&reference);
@@ -79,7 +79,7 @@ fn assert_near(found: [f64; 5], expected: [f64; 5]) {
 }
 
 #[test]
-fn as_a_loss_k1_has_no_gradient_k2_the_kls_and_k3_the_reversed_kls() {
+fn detail_21_as_a_loss_k1_has_no_gradient_k2_the_kls_and_k3_the_reversed_kls() {
     let reference = softmax(&REFERENCE);
     assert_near(loss_gradient(KlEstimator::K1), [0.0; 5]);
     let forward = numeric_gradient(|policy| kl(policy, &reference));
@@ -114,7 +114,7 @@ fn k3_keeps_its_digits_near_zero_and_is_never_negative() {
 }
 
 #[test]
-fn the_score_is_paid_at_the_last_response_token_and_not_at_a_pad() {
+fn detail_17_the_score_is_paid_at_the_last_response_token_and_not_at_a_pad() {
     let mask = [true, true, true, false, false];
     let parts = SpreadParts {
         score: 3.0,
@@ -140,7 +140,7 @@ fn the_score_is_paid_at_the_last_response_token_and_not_at_a_pad() {
 }
 
 #[test]
-fn clamps_are_counted_and_the_logged_kl_is_before_them() {
+fn detail_24_clamps_are_counted_and_the_logged_kl_is_before_them() {
     let penalty = KlPenalty {
         kl_coef: 1.0,
         log_ratio_clamp: Some(20.0),
@@ -173,7 +173,7 @@ fn clamps_are_counted_and_the_logged_kl_is_before_them() {
 }
 
 #[test]
-fn a_missing_eos_is_penalised_replaced_or_ignored() {
+fn detail_17_a_missing_eos_is_penalised_replaced_or_ignored() {
     for (missing_eos, truncated) in [
         (MissingEos::Ignore, 0.75),
         (MissingEos::Penalty(1.0), -0.25),
@@ -238,7 +238,7 @@ fn faults_name_the_number() {
 
 /// OpenAI's 0.15, 6, 10,000, with batches of 512 responses.
 #[test]
-fn the_adaptive_kl_controller_moves_by_at_most_a_fifth_a_horizon() {
+fn detail_22_the_adaptive_kl_controller_moves_by_at_most_a_fifth_a_horizon() {
     let start = KlController::adaptive(0.15, 6.0, 10_000).unwrap();
     for (kl, error) in [
         (6.0, 0.0),
@@ -294,7 +294,7 @@ fn the_kl_controller_refuses_what_has_no_meaning() {
 
 /// The reward model's zero is free: pairwise accuracy cannot see it, the sign around a baseline can.
 #[test]
-fn a_constant_added_to_rewards_changes_no_order_but_every_sign() {
+fn detail_15_a_constant_added_to_rewards_changes_no_order_but_every_sign() {
     let scores = [0.5_f32, -0.25, 1.0];
     let moved: Vec<f32> = scores.iter().map(|score| score - 2.0).collect();
     assert!(

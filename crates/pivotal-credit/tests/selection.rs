@@ -51,7 +51,7 @@ fn assign(batch: &Batch, selection: Selection, seed: u64) -> Vec<ResponseCredit>
 
 proptest! {
     #[test]
-    fn disagree_is_the_inverse_of_agree(batch in batch()) {
+    fn detail_29_disagree_is_the_inverse_of_agree(batch in batch()) {
         let (agree, disagree, all) = (
             assign(&batch, Selection::Agree, 1),
             assign(&batch, Selection::Disagree, 1),
@@ -67,7 +67,7 @@ proptest! {
     }
 
     #[test]
-    fn random_keeps_exactly_as_many(batch in batch(), seed in any::<u64>()) {
+    fn detail_29_random_keeps_exactly_as_many(batch in batch(), seed in any::<u64>()) {
         let agree = assign(&batch, Selection::Agree, seed);
         let random = assign(&batch, Selection::Random, seed);
         prop_assert_eq!(&random, &assign(&batch, Selection::Random, seed));

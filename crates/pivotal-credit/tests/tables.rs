@@ -51,7 +51,7 @@ const WAVE: [f32; 10] = [0.2, 0.8, 0.1, -0.3, 0.6, -0.7, -0.1, 0.4, -0.6, 0.9];
 
 /// The two readings of the paper's trigger differ on the same signal, baseline and offset.
 #[test]
-fn hysteresis_and_dead_zone_differ() {
+fn detail_27_hysteresis_and_dead_zone_differ() {
     let response = Response::new(1, 0, &WAVE, Sign::Positive);
     let hold = one("offset = 0.5", response);
     assert_eq!(

@@ -35,7 +35,7 @@ proptest! {
     }
 
     #[test]
-    fn a_gathered_token_is_predicted_by_the_one_before_it(pairs in pairs(), flip in any::<u64>()) {
+    fn detail_04_a_gathered_token_is_predicted_by_the_one_before_it(pairs in pairs(), flip in any::<u64>()) {
         let pack = pack_pairs(&pairs).unwrap();
         for gather in gather_all(&pack) {
             let (prompt, response) = &unpack(&pack)[gather.response];

@@ -39,7 +39,7 @@ fn pair_fault(line: &str, tokenizer: &Tokenizer, template: Option<&ChatTemplate>
 }
 
 #[test]
-fn a_text_pair_has_one_eos_and_the_joint_ids() {
+fn detail_02_a_text_pair_has_one_eos_and_the_joint_ids() {
     let tokenizer = tokenizer("smollm", false);
     let done = tokenize_pairs(&data(PAIR), &tokenizer, None, &TokenizeOptions::default()).unwrap();
     let pair = &done.items[0];
@@ -65,7 +65,7 @@ fn a_text_pair_has_one_eos_and_the_joint_ids() {
 }
 
 #[test]
-fn bos_stands_once_where_the_model_wants_it() {
+fn detail_02_bos_stands_once_where_the_model_wants_it() {
     let with_bos = tokenizer("smollm", true);
     let options = TokenizeOptions::default();
     let prompt = |text: &str| {
@@ -87,7 +87,7 @@ fn bos_stands_once_where_the_model_wants_it() {
 }
 
 #[test]
-fn a_prompt_that_merges_into_the_response_is_refused_or_tokenised_apart() {
+fn detail_01_a_prompt_that_merges_into_the_response_is_refused_or_tokenised_apart() {
     let tokenizer = tokenizer("smollm", false);
     let line = r#"{"prompt": "The sky is ", "chosen": "the", "rejected": "a"}"#;
     insta::assert_snapshot!(pair_fault(line, &tokenizer, None), @r#"
@@ -217,7 +217,7 @@ fn a_chat_response_ends_at_the_templates_own_eos() {
 }
 
 #[test]
-fn limits_cut_prompts_in_front_and_responses_behind() {
+fn detail_05_limits_cut_prompts_in_front_and_responses_behind() {
     let with_bos = tokenizer("smollm", true);
     let line = r#"{"prompt": "one two three four", "chosen": " a b c d", "rejected": " e", "chosen_signal": [1, 2, 3, 4, 5], "chosen_cuts": [1, 3]}"#;
     let whole = tokenize_pairs(&data(line), &with_bos, None, &TokenizeOptions::default()).unwrap();
@@ -248,7 +248,7 @@ fn limits_cut_prompts_in_front_and_responses_behind() {
 }
 
 #[test]
-fn rows_without_a_response_token_left_are_dropped_and_counted() {
+fn detail_05_rows_without_a_response_token_left_are_dropped_and_counted() {
     let tokenizer = tokenizer("smollm", false);
     let long = r#"{"prompt": "one two three four five six", "chosen": " a", "rejected": " b"}"#;
     let short = r#"{"prompt": "p", "chosen": " a", "rejected": " b"}"#;
@@ -400,7 +400,7 @@ fn the_repositorys_fixtures_tokenise() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
-    fn any_pair_keeps_the_prefix_law_or_is_refused(prompt in "\\PC{1,20}", chosen in "\\PC{1,20}", rejected in "\\PC{1,20}") {
+    fn detail_01_any_pair_keeps_the_prefix_law_or_is_refused(prompt in "\\PC{1,20}", chosen in "\\PC{1,20}", rejected in "\\PC{1,20}") {
         thread_local! {
             static TOKENIZER: Tokenizer = tokenizer("smollm", false);
         }

@@ -165,7 +165,7 @@ struct ValueCase {
 }
 
 #[test]
-fn value_losses_are_the_former_ppo_trainers() {
+fn detail_20_value_losses_are_the_former_ppo_trainers() {
     let mut clipped = 0;
     let cases = cases::<ValueCase>(include_str!("golden/value.json"));
     for (at, case) in cases.iter().enumerate() {

@@ -4,7 +4,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use pivotal_core::{ErrorKind, HasKind, TokenMask};
 use pivotal_loss::{
     LossError, Normalisation, PairLogps, ResponseIndex, ScoreAggregation, ScorePair, bradley_terry,
-    center_penalty, dpo, kept_sums, sequence_scores, sft, token_supervised,
+    cdpo, center_penalty, dpo, ipo, kept_sums, robust_dpo, sequence_scores, sft, token_supervised,
 };
 use proptest::prelude::*;
 
@@ -43,7 +43,7 @@ fn lens(responses: &[Vec<f32>]) -> Vec<usize> {
 
 proptest! {
     #[test]
-    fn the_first_step_of_dpo_costs_ln_2(
+    fn detail_09_the_first_step_of_dpo_costs_ln_2(
         logps in prop::collection::vec((-900.0f32..0.0, -900.0f32..0.0), 1..8),
         beta in 0.01f64..5.0,
     ) {
@@ -58,7 +58,7 @@ proptest! {
     }
 
     #[test]
-    fn keeping_all_is_the_plain_sum_bit_for_bit(responses in responses()) {
+    fn detail_07_keeping_all_is_the_plain_sum_bit_for_bit(responses in responses()) {
         let token_logps = leaf(&responses.concat());
         let index = ResponseIndex::of_whole_responses(&lens(&responses));
         let keep = TokenMask::all(index.entries());
@@ -117,7 +117,7 @@ proptest! {
     }
 
     #[test]
-    fn a_shift_of_all_scores_changes_no_ranking_loss(
+    fn detail_15_a_shift_of_all_scores_changes_no_ranking_loss(
         scores in prop::collection::vec((-64i16..64, -64i16..64), 1..8),
         shift in -64i16..64,
     ) {
@@ -135,7 +135,7 @@ proptest! {
     }
 
     #[test]
-    fn sft_does_not_depend_on_how_a_step_is_cut(
+    fn detail_08_sft_does_not_depend_on_how_a_step_is_cut(
         token_logps in prop::collection::vec(-12.0f32..0.0, 2..20),
         cut in any::<prop::sample::Index>(),
     ) {
@@ -187,7 +187,7 @@ proptest! {
 }
 
 #[test]
-fn an_empty_mask_is_zero_without_gradient() {
+fn detail_06_an_empty_mask_is_zero_without_gradient() {
     for normalisation in NORMALISATIONS {
         let token_logps = leaf(&[-1.0, -2.0, -3.0]);
         let index = ResponseIndex::of_whole_responses(&[1, 2]);
@@ -202,6 +202,78 @@ fn an_empty_mask_is_zero_without_gradient() {
         let gradient = floats(token_logps.grad(&terms.loss.backward()).unwrap());
         assert_eq!(gradient[0], 0.0);
         assert!(gradient[1] > 0.0 && gradient[2] == gradient[1]);
+    }
+}
+
+#[test]
+fn detail_06_a_pair_of_which_nothing_is_kept_costs_ln_2_without_gradient() {
+    for normalisation in NORMALISATIONS {
+        let token_logps = leaf(&[-1.0, -2.0, f32::NAN]);
+        let index = ResponseIndex::of_whole_responses(&[1, 2]);
+        let nothing = TokenMask::none(3);
+        let sums = kept_sums(token_logps.clone(), &index, &nothing, normalisation).unwrap();
+        let policy = PairLogps {
+            chosen: sums.clone().narrow(0, 0, 1),
+            rejected: sums.narrow(0, 1, 1),
+        };
+        let terms = dpo(policy, pair(&[0.0], &[0.0]), 0.1).unwrap();
+        let grads = terms.loss.backward();
+        assert_eq!(floats(terms.loss), [2f32.ln()]);
+        assert_eq!(floats(token_logps.grad(&grads).unwrap()), [0.0; 3]);
+    }
+}
+
+#[test]
+fn detail_10_ipo_aims_at_one_over_two_beta_of_sums_or_of_means_by_name() {
+    // Six tokens against two: log-ratios of 3 and -1 a response, of 0.5 and -0.5 a token.
+    let index = ResponseIndex::of_whole_responses(&[6, 2]);
+    let keep = TokenMask::all(8);
+    let loss = |normalisation, beta: f64| {
+        let sums = |logps: &[f32]| {
+            let sums = kept_sums(leaf(logps), &index, &keep, normalisation).unwrap();
+            PairLogps {
+                chosen: sums.clone().narrow(0, 0, 1),
+                rejected: sums.narrow(0, 1, 1),
+            }
+        };
+        let policy = [-1.0, -1.0, -1.0, -1.0, -1.0, -1.0, -2.5, -2.5];
+        let reference = [-1.5, -1.5, -1.5, -1.5, -1.5, -1.5, -2.0, -2.0];
+        floats(ipo(sums(&policy), sums(&reference), beta).unwrap().loss)[0]
+    };
+    // The margin of the sums is 4, and so the target of β = 1/8; that of the means is 1, of β = 1/2.
+    assert_eq!(loss(Normalisation::Sum, 0.125), 0.0);
+    assert_eq!(loss(Normalisation::KeptMean, 0.5), 0.0);
+    assert_eq!(loss(Normalisation::Sum, 0.5), 9.0);
+    assert_eq!(loss(Normalisation::KeptMean, 0.125), 9.0);
+}
+
+#[test]
+fn detail_12_smoothed_labels_cost_ln_2_at_margin_0_and_the_robust_loss_is_unbiased() {
+    let none = || pair(&[-3.0], &[-3.0]);
+    for smoothing in [0.01, 0.1, 0.25, 0.49] {
+        for loss in [cdpo, robust_dpo] {
+            let terms = loss(none(), none(), 0.7, smoothing).unwrap();
+            assert!(
+                (floats(terms.loss)[0] - 2f32.ln()).abs() < 1e-6,
+                "{smoothing}"
+            );
+        }
+        // Labels flipped with this chance: the expected robust loss is DPO's under the right ones.
+        for margin in [-2.0f32, -0.3, 1.0, 4.0] {
+            let policy = |margin: f32| pair(&[margin - 1.0], &[-1.0]);
+            let zero = || pair(&[-1.0], &[-1.0]);
+            let robust = |margin| {
+                let terms = robust_dpo(policy(margin), zero(), 1.0, smoothing).unwrap();
+                f64::from(floats(terms.loss)[0])
+            };
+            let expected = (1.0 - smoothing) * robust(margin) + smoothing * robust(-margin);
+            let plain = f64::from(floats(dpo(policy(margin), zero(), 1.0).unwrap().loss)[0]);
+            let scale = 1.0 / (1.0 - 2.0 * smoothing);
+            assert!(
+                (expected - plain).abs() < 2e-6 * scale,
+                "{smoothing}, {margin}: {expected}, expected {plain}"
+            );
+        }
     }
 }
 

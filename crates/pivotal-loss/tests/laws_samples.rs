@@ -40,7 +40,7 @@ fn unzip(tokens: &[(f32, f32, f32)]) -> [Vec<f32>; 3] {
 
 proptest! {
     #[test]
-    fn the_first_minibatch_has_ratio_one_and_the_plain_policy_gradient(tokens in tokens()) {
+    fn detail_16_the_first_minibatch_has_ratio_one_and_the_plain_policy_gradient(tokens in tokens()) {
         let [logps, _, advantages] = unzip(&tokens);
         let policy = single(&logps).require_grad();
         let keep = TokenMask::all(logps.len());
@@ -126,7 +126,7 @@ proptest! {
     }
 
     #[test]
-    fn reductions_do_not_depend_on_how_a_step_is_cut(
+    fn detail_08_reductions_do_not_depend_on_how_a_step_is_cut(
         responses in prop::collection::vec(prop::collection::vec((-64i16..64, any::<bool>()), 0..7), 1..8),
         cut in any::<prop::sample::Index>(),
     ) {
@@ -203,7 +203,7 @@ fn expected(loss: impl Fn(Tensor<1>, Tensor<1>) -> Tensor<1>) -> (f64, Vec<f64>)
 }
 
 #[test]
-fn what_the_kl_losses_are_in_expectation() {
+fn detail_21_what_the_kl_losses_are_in_expectation() {
     let (p, q) = (softmax(LOGITS), softmax(REFERENCE_LOGITS));
     let delta: Vec<f64> = p.iter().zip(&q).map(|(p, q)| (p / q).ln()).collect();
     let kl = dot(&p, &delta);
@@ -302,7 +302,7 @@ fn a_ratio_out_of_range_ends_in_its_bound() {
 }
 
 #[test]
-fn nothing_kept_is_zero_without_gradient() {
+fn detail_06_nothing_kept_is_zero_without_gradient() {
     let none = TokenMask::none(3);
     let index = ResponseIndex::of_whole_responses(&[2, 1]);
     let values = || single(&[f32::NAN, f32::INFINITY, 1.0]).require_grad();

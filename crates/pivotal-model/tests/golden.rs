@@ -143,7 +143,7 @@ fn an_adapters_logits_and_gradients_are_those_of_peft() {
 }
 
 #[test]
-fn a_fresh_adapter_is_the_base_bit_for_bit_and_only_it_is_trained() {
+fn detail_11_a_fresh_adapter_is_the_base_bit_for_bit_and_only_it_is_trained() {
     for precision in [Precision::F32, Precision::Bf16] {
         let base = decoder(&golden("qwen2"), precision);
         let spec = LoraSpec {
@@ -172,7 +172,7 @@ fn a_fresh_adapter_is_the_base_bit_for_bit_and_only_it_is_trained() {
 }
 
 #[test]
-fn responses_that_share_a_prompt_score_as_if_each_had_its_own() {
+fn detail_03_responses_that_share_a_prompt_score_as_if_each_had_its_own() {
     for model in MODELS {
         let decoder = decoder(&golden(model), Precision::F32);
         let (prompts, responses) = batch();

@@ -65,6 +65,34 @@ fn arrows_go_one_way() {
     none(&faults);
 }
 
+/// Points of the checklist in docs/details.md, each with tests that are named after it.
+const DETAILS: usize = 34;
+
+#[test]
+fn every_detail_has_its_tests_and_the_table_names_them_all() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let mut there = BTreeSet::new();
+    for source in sources() {
+        let names = words(&source.text).map(|(_, word)| word);
+        let numbered = |word: &&str| {
+            let rest = word.strip_prefix("detail_");
+            rest.is_some_and(|rest| rest.starts_with(|first: char| first.is_ascii_digit()))
+        };
+        there.extend(names.filter(numbered).map(str::to_owned));
+    }
+    let page = std::fs::read_to_string(root.join("docs/details.md")).expect("the page");
+    let (_, table) = page.split_once("## Checklist").expect("the checklist");
+    let names = table.split('`').filter(|name| name.starts_with("detail_"));
+    let told: BTreeSet<String> = names.map(str::to_owned).collect();
+    assert_eq!(told, there, "left: docs/details.md, right: the tests");
+    for number in 1..=DETAILS {
+        let row = format!("| {number:02} | ");
+        let row = table.lines().find(|line| line.starts_with(&row));
+        let name = format!("`detail_{number:02}_");
+        assert!(row.is_some_and(|row| row.contains(&name)), "{name}");
+    }
+}
+
 #[test]
 fn crates_say_what_they_are() {
     let mut faults = Vec::new();

@@ -57,7 +57,7 @@ fn settings(sampling: Sampling) -> GenerateSettings {
 }
 
 #[test]
-fn cached_logits_are_those_of_the_whole_forward_pass_and_of_transformers() {
+fn detail_34_cached_logits_are_those_of_the_whole_forward_pass_and_of_transformers() {
     for model in MODELS {
         let decoder = decoder(&golden(model), Precision::F32);
         let generator = Generator::new(&decoder, Precision::F32);
@@ -118,7 +118,7 @@ fn sequences_and_prompts_do_not_feel_their_neighbours() {
 }
 
 #[test]
-fn greedy_decoding_is_the_argmax_of_the_forward_pass() {
+fn detail_33_greedy_decoding_is_the_argmax_of_the_forward_pass() {
     for model in MODELS {
         let decoder = decoder(&golden(model), Precision::F32);
         let generator = Generator::new(&decoder, Precision::F32);

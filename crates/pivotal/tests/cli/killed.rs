@@ -2,7 +2,7 @@
 //!
 //! The moments come from a seeded list: a share of the whole run's time, or some microseconds after the n-th checkpoint
 //! began to be written. `PIVOTAL_KILLS=300` asks for more of them a recipe than the few that fit in every test run, and
-//! `PIVOTAL_KILL_SEED` for another list.
+//! `PIVOTAL_KILL_SEED` for another list; `PIVOTAL_KILL_RECIPE` names one recipe.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -319,7 +319,11 @@ fn detail_31_a_killed_run_of_any_recipe_resumes_to_the_same_bytes() {
     };
     let kills = number("PIVOTAL_KILLS").unwrap_or(KILLS as u64) as usize;
     let seed = number("PIVOTAL_KILL_SEED").unwrap_or(0x5eed);
+    let only = std::env::var("PIVOTAL_KILL_RECIPE").ok();
     for (place, (recipe, flags)) in RECIPES.into_iter().enumerate() {
+        if only.as_ref().is_some_and(|only| only != recipe) {
+            continue;
+        }
         let begin = Instant::now();
         let counts = killed_and_resumed(recipe, flags, kills, seed + place as u64);
         println!("{recipe}: {counts:?}, {:.1?}", begin.elapsed());

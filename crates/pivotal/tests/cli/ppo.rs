@@ -41,7 +41,7 @@ fn files(scratch: &Scratch, run: &str) -> Vec<Vec<u8>> {
 }
 
 #[test]
-fn the_ratio_is_exactly_one_in_the_first_minibatch() {
+fn detail_16_the_ratio_is_exactly_one_in_the_first_minibatch() {
     let scratch = scratch();
     for (name, flags) in [
         ("all", "--credit-selection all --micro-batch-tokens 24"),

@@ -151,7 +151,7 @@ fn the_configuration_is_default_then_file_then_flag() {
 }
 
 #[test]
-fn a_run_repeats_from_its_own_configuration_at_any_number_of_threads() {
+fn detail_32_a_run_repeats_from_its_own_configuration_at_any_number_of_threads() {
     let scratch = Scratch::new();
     scratch.good(
         "dpo --model MODEL --data pairs.jsonl --credit-selection all --batch 2 --epochs 2 \
@@ -165,7 +165,7 @@ fn a_run_repeats_from_its_own_configuration_at_any_number_of_threads() {
 }
 
 #[test]
-fn keeping_everything_is_plain_dpo_bit_for_bit() {
+fn detail_07_keeping_everything_is_plain_dpo_bit_for_bit() {
     let scratch = Scratch::new();
     let common = "dpo --model MODEL --data pairs.jsonl --batch 2 --epochs 2";
     scratch.good(&format!("{common} --credit-selection all --out plain"));
@@ -207,6 +207,8 @@ fn every_loss_of_preferences_trains_under_a_mask() {
         ("hinge", ""),
         ("simpo", "--beta 2 --target-margin 0.5"),
         ("kto", "--undesirable-weight 0.5"),
+        ("tdpo1", ""),
+        ("tdpo2", "--tdpo-alpha 0.25"),
     ] {
         let out = format!("{loss}/run");
         std::fs::create_dir(scratch.path(loss)).unwrap();
@@ -221,6 +223,8 @@ fn every_loss_of_preferences_trains_under_a_mask() {
             loss == "kto",
             "{loss}: {last}"
         );
+        let divergence = loss.starts_with("tdpo");
+        assert_eq!(last["chosen_kl"].is_number(), divergence, "{loss}: {last}");
         assert_eq!(
             scratch.path(loss).join(".pivotal-cache").exists(),
             reference

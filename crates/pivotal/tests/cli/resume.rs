@@ -21,7 +21,7 @@ fn cut(scratch: &Scratch, run: &str) {
 }
 
 #[test]
-fn a_resumed_run_is_the_uninterrupted_one_bit_for_bit() {
+fn detail_31_a_resumed_run_is_the_uninterrupted_one_bit_for_bit() {
     let scratch = Scratch::new();
     scratch.good(&format!("{RUN} --out whole"));
     scratch.good(&format!("{RUN} --out cut"));
