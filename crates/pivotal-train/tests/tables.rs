@@ -264,6 +264,7 @@ fn tdpo_table(name: &str, micro_batch_tokens: usize) {
         },
         beta: golden["beta"].as_f64().unwrap(),
         normalisation: Normalisation::Sum,
+        dropped_every: 0,
         reference: Some(&base),
     };
     let mut settings = settings(&golden);
