@@ -41,7 +41,8 @@ struct Wanted {
 /// Reads and tokenises a file of prompts.
 ///
 /// # Errors
-/// [`Error::Data`] naming row and column; [`Error::Record`] for a check that cannot be.
+/// [`Error::Data`] naming row and column; [`Error::Record`] for a check that cannot be, or a prompt that leaves no room
+/// for a response.
 pub fn read_prompts(settings: &PromptSettings, workspace: &Workspace) -> Result<Vec<Prompt>> {
     let path = &settings.path;
     if path.as_os_str().is_empty() {
@@ -67,6 +68,14 @@ pub fn read_prompts(settings: &PromptSettings, workspace: &Workspace) -> Result<
     let lines: Vec<&[u8]> = bytes.split(|&byte| byte == b'\n').collect();
     let prompt = |prompt: pivotal_core::TokenizedPrompt| {
         let (checks, reference) = wanted(path, &lines, prompt.id)?;
+        // The response's first token needs a place too.
+        let tokens = prompt.prompt.len() + 1;
+        let fits = workspace.decoder.config().check_length(tokens);
+        fits.map_err(|error| Error::Record {
+            path: path.into(),
+            line: prompt.id as usize,
+            what: format!("with one token of a response, {error}: give `--max-prompt-tokens`"),
+        })?;
         Ok(Prompt {
             id: prompt.id,
             token_ids: prompt.prompt,

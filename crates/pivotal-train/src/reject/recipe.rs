@@ -540,7 +540,8 @@ impl Training<'_> {
 
 /// Optimizer steps over so many accepted responses.
 fn steps_of(accepted: usize, optimizer: &OptimizerSettings) -> u64 {
-    optimizer.epochs * accepted.div_ceil(optimizer.batch) as u64
+    let a_pass = accepted.div_ceil(optimizer.batch) as u64;
+    optimizer.epochs.saturating_mul(a_pass)
 }
 
 /// A run that diverges in sampling has diverged before its next optimizer step.
