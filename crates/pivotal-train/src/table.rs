@@ -35,6 +35,7 @@ macro_rules! table {
                     id = $flag,
                     long = $flag,
                     value_name = "VALUE",
+                    allow_negative_numbers = true,
                     help = crate::table::help(&[$($doc),+], &$name::default().$field)
                 )]
                 pub $field: Option<$type>,
