@@ -51,7 +51,7 @@ enum Command {
     /// Score every token of a preference file; segment and mask it; write credit records.
     Annotate(recipes::Annotate),
     /// Direct preference optimization on the segments that credit keeps.
-    Dpo(recipes::Dpo),
+    Dpo(Box<recipes::Dpo>),
     /// Group-relative policy optimization (GRPO, RLOO) on sampled responses that checks or a reward model score.
     Grpo(Box<recipes::Grpo>),
     /// Proximal policy optimization on sampled responses, with a value model and segment credit.
