@@ -52,7 +52,7 @@ enum Command {
     /// Score every token of a preference file; segment and mask it; write credit records.
     Annotate(recipes::Annotate),
     /// Direct preference optimization on the segments that credit keeps.
-    Dpo(recipes::Dpo),
+    Dpo(Box<recipes::Dpo>),
     /// Rejection sampling: learn from the kept segments of the best of several sampled responses, round by round.
     Reject(Box<recipes::Reject>),
     /// Group-relative policy optimization (GRPO, RLOO) on sampled responses that checks or a reward model score.

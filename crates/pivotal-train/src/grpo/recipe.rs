@@ -1,5 +1,6 @@
 //! `pivotal grpo`: from a model and a file of prompts with checks to an adapter that passes more of them.
 
+// Long because a recipe reads top to bottom: configuration, metrics, inputs, a step, an update.
 use std::path::{Path, PathBuf};
 
 use pivotal_core::FileHash;

@@ -1,5 +1,6 @@
 //! `pivotal ppo`: from a model and a file of prompts to an adapter whose responses score higher.
 
+// Long because a recipe reads top to bottom: configuration, metrics, inputs, a step, an update.
 use std::path::{Path, PathBuf};
 
 use pivotal_core::FileHash;

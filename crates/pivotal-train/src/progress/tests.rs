@@ -17,7 +17,7 @@ fn text(course: &Course, seconds: u64, columns: u16, rows: u16) -> String {
 fn pairs(step: u64) -> StepNumbers {
     let far = step as f64;
     StepNumbers {
-        loss: 0.6931 * (-far / 60.0).exp(),
+        loss: std::f64::consts::LN_2 * (-far / 60.0).exp(),
         accuracy: Some(1.0 - 0.5 * (-far / 40.0).exp()),
         kl: Some(0.002 * far),
         kept_fraction: Some(0.48),

@@ -30,6 +30,8 @@ pub(super) struct State {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct SampledRound {
+    /// As JSON text, which has a null where TOML has none.
+    #[serde(with = "as_json")]
     pub numbers: RoundNumbers,
     pub accepted: Vec<Stored>,
 }
@@ -42,6 +44,27 @@ pub(super) struct Stored {
     token_ids: Vec<u32>,
     /// Empty if every token is kept.
     keep: Vec<bool>,
+}
+
+mod as_json {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de, ser};
+
+    use super::RoundNumbers;
+
+    pub(super) fn serialize<S: Serializer>(
+        numbers: &RoundNumbers,
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
+        let text = serde_json::to_string(numbers).map_err(ser::Error::custom)?;
+        text.serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<RoundNumbers, D::Error> {
+        let text = String::deserialize(from)?;
+        serde_json::from_str(&text).map_err(de::Error::custom)
+    }
 }
 
 impl Stored {

@@ -54,7 +54,7 @@ fn a_run_that_diverges_names_step_number_and_rows_and_keeps_its_last_good_checkp
         let name = recipe.split_whitespace().next().unwrap();
         let output = scratch.run(&format!(
             "{recipe} --model MODEL --lora-rank 4 --lr 1e30 --clip-norm 0 --schedule constant \
-             --checkpoint-every 1 --out run"
+             --checkpoint-every 1 --progress off --out run"
         ));
         let error = error_of(&output, 3);
         says(

@@ -104,7 +104,7 @@ fn ppo_learns_an_easy_reward() {
     let scratch = scratch();
     scratch.good(
         "ppo --model MODEL --data prompts.jsonl --prompts 3 --samples 16 --max-new-tokens 4 \
-         --lora-rank 8 --lr 0.02 --value-lr 0.02 --steps 30 --kl-coef 0 --schedule constant \
+         --lora-rank 8 --lr 0.01 --value-lr 0.01 --steps 30 --kl-coef 0 --schedule linear \
          --regex [aeiou] --credit-selection all --out run",
     );
     let scores: Vec<f64> = metrics(&scratch, "run")

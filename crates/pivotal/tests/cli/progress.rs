@@ -125,7 +125,8 @@ fn a_terminal_gets_a_dashboard_and_the_same_run() {
     says(
         &shown,
         &[
-            "╭ pivotal sft ",
+            "╭",
+            " pivotal sft ",
             "6/6 · 100 %",
             "\x1b[0;36m",
             "\"steps\": 6",
