@@ -306,7 +306,6 @@ impl Training<'_> {
                 &progress,
             )?;
             self.run.log(step, &last)?;
-            let timings = self.clock.last();
             let numbers = StepNumbers {
                 loss: last.loss,
                 score: Some(last.score),
@@ -315,9 +314,7 @@ impl Training<'_> {
                 segments_per_100_tokens: last.credit.segments_per_100_tokens,
                 grad_norm: last.grad_norm,
                 lr: last.lr,
-                tokens: timings.sampled_tokens as usize,
-                timings: Some(timings),
-                ..StepNumbers::default()
+                ..StepNumbers::sampled(self.clock.last())
             };
             progress.step(step, numbers, &last.credit.warnings);
             progress.phase("evaluation");

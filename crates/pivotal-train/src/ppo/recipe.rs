@@ -312,7 +312,6 @@ impl Training<'_> {
             let prompts: Vec<&Prompt> = batch.items.iter().map(|&item| &prompts[item]).collect();
             last = self.step(step, steps, &prompts, &mut log, &progress)?;
             self.run.log(step, &last)?;
-            let timings = self.clock.last();
             let numbers = StepNumbers {
                 loss: last.update.policy_loss,
                 score: Some(last.experience.score),
@@ -321,9 +320,7 @@ impl Training<'_> {
                 segments_per_100_tokens: last.credit.segments_per_100_tokens,
                 grad_norm: last.grad_norm,
                 lr: last.lr,
-                tokens: timings.sampled_tokens as usize,
-                timings: Some(timings),
-                ..StepNumbers::default()
+                ..StepNumbers::sampled(self.clock.last())
             };
             progress.step(step, numbers, &last.credit.warnings);
             progress.phase("evaluation");

@@ -32,6 +32,17 @@ pub(crate) struct StepNumbers {
     pub(crate) timings: Option<Timings>,
 }
 
+impl StepNumbers {
+    /// Of a step that sampled its tokens.
+    pub(crate) fn sampled(timings: Timings) -> Self {
+        Self {
+            tokens: timings.sampled_tokens as usize,
+            timings: Some(timings),
+            ..Self::default()
+        }
+    }
+}
+
 /// A run so far.
 pub(super) struct Course {
     pub(super) recipe: &'static str,
