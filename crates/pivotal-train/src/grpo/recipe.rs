@@ -397,15 +397,15 @@ impl Training<'_> {
         let first = layout(0)?;
         let temperature = config.rollout.temperature;
         // A step's only update goes over the policy that sampled: its own pass says what the old log-probabilities are.
-        let one_update = grpo.update_epochs == 1 && first.minibatches.len() == 1;
-        let old_logps = match one_update && !segmented {
+        let own_pass = grpo.update_epochs == 1 && first.minibatches.len() == 1 && !segmented;
+        let old_logps = match own_pass {
             true => Vec::new(),
             false => self
                 .clock
                 .update(|| first.token_logps(&self.policy, &rollouts, temperature))?,
         };
         finite_logps(&rollouts, &old_logps, "old_logps", step)?;
-        let measured = grpo.kl_every > 0 && (step - 1) % grpo.kl_every == 0;
+        let measured = grpo.kl_every > 0 && (step - 1).is_multiple_of(grpo.kl_every);
         let (reference_logps, given, numbers) = self.clock.scoring(|| {
             let reference_logps = match everyone || measured {
                 true => first.token_logps(&self.reference, &rollouts, temperature)?,
@@ -462,12 +462,10 @@ impl Training<'_> {
             }
             Ok::<_, Error>(())
         })?;
-        let batch = match old_logps.is_empty() {
-            true => GrpoBatch {
-                old_logps: &updates.token_logps,
-                ..batch
-            },
-            false => batch,
+        let own = old_logps.is_empty().then_some(&updates.token_logps);
+        let batch = GrpoBatch {
+            old_logps: own.unwrap_or(&old_logps),
+            ..batch
         };
         log.write(records(step, batch, &scores, given.as_deref()))?;
         self.clock.lap(step, stats.tokens)?;
