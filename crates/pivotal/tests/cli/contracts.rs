@@ -157,6 +157,7 @@ impl Drop for Mount {
 
 #[cfg(target_os = "linux")]
 #[test]
+#[expect(clippy::print_stdout, reason = "a skipped test says so")]
 fn a_full_disk_is_the_systems_fault() {
     let scratch = scratch();
     let run = "dpo --model MODEL --data pairs.jsonl --credit-selection all --batch 2 --epochs 3 \
