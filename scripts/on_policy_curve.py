@@ -21,14 +21,15 @@ DRAWS = 10_000
 class Run:
     def __init__(self, name, path):
         self.name, self.path = name, path
-        self.scores = collections.defaultdict(dict)  # step -> row -> score
-        self.all = collections.defaultdict(dict)
+        self.passed = collections.defaultdict(dict)  # step (of reject: round) -> row -> 1 if every check holds
         for line in (path / "evaluation_rollouts.jsonl").read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
-            self.scores[record["step"]][record["id"]] = record["checks"]
-            self.all[record["step"]][record["id"]] = float(record["checks"] == 1.0)
-        self.first, self.last = min(self.scores), max(self.scores)
+            self.passed[record["step"]][record["id"]] = float(record["checks"] == 1.0)
+        self.first, self.last = min(self.passed), max(self.passed)
         self.timings = [json.loads(line) for line in (path / "timings.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    def change(self, rows):
+        return change(self.passed[self.first], self.passed[self.last], rows)
 
     def seconds(self, part, until=None):
         steps = (line for line in self.timings if until is None or line["step"] <= until)
@@ -64,26 +65,23 @@ def table(head, lines):
 
 def report(runs, rows, comparisons):
     ids = sorted(rows)
-    shares = lambda run: [f"{run.seconds(part) / max(60 * run.minutes(), 1e-9):.0%}" for part in ("generation", "scoring", "update")]
+    parts = ("generation", "scoring", "update")
+    shares = lambda run: ", ".join(f"{run.seconds(part) / max(60 * run.minutes(), 1e-9):.0%}" for part in parts)
     print(table(
-        ["run", "steps", f"share of checks held, start → end over {len(ids)} prompts", "prompts of which every check holds",
-         "minutes", "sampling, scoring, update", "tokens sampled"],
-        [[run.name, str(run.last), change(run.scores[run.first], run.scores[run.last], ids),
-          change(run.all[run.first], run.all[run.last], ids), f"{run.minutes():.1f}", ", ".join(shares(run)),
+        ["run", "steps", f"held-out prompts of which every check holds ({len(ids)}), start → end", "minutes",
+         "sampling, scoring, update", "tokens sampled"],
+        [[run.name, str(run.last), run.change(ids), f"{run.minutes():.1f}", shares(run),
           f"{sum(line['sampled_tokens'] for line in run.timings):,}"] for run in runs]))
     for column in ("kind", "wording"):
         names = list(dict.fromkeys(rows[row][column] for row in ids))
         picked = {name: [row for row in ids if rows[row][column] == name] for name in names}
         print(table(
-            [f"{column}: every check holds"] + [run.name for run in runs],
-            [[f"{name} ({len(of)})"] + [change(run.all[run.first], run.all[run.last], of) for run in runs]
-             for name, of in picked.items()]))
+            [column] + [run.name for run in runs],
+            [[f"{name} ({len(of)})"] + [run.change(of) for run in runs] for name, of in picked.items()]))
     by_name = {run.name: run for run in runs}
     for one, other in comparisons:
         one, other = by_name[one], by_name[other]
-        for what, of in (("share of checks held", "scores"), ("every check holds", "all")):
-            ends = getattr(one, of)[one.last], getattr(other, of)[other.last]
-            print(f"{one.name} → {other.name}, {what} at the end: {change(*ends, ids)}")
+        print(f"{one.name} → {other.name} at the end: {change(one.passed[one.last], other.passed[other.last], ids)}")
 
 
 COLOURS = [("#0b6b8f", "#63bce0"), ("#a8480f", "#f0a06a"), ("#4d6b1f", "#a7cc6c"), ("#7a3f8f", "#cf9be0")]
@@ -91,7 +89,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 340, 46, 150, 28, 40
 
 
 def svg(runs, ids):
-    """Held-out share of checks against minutes of training, with the interval of each mean."""
+    """Share of held-out prompts of which every check holds, against minutes of training, with the interval of each mean."""
     longest = max(run.minutes() for run in runs)
     x = lambda minutes: LEFT + (WIDTH - LEFT - RIGHT) * minutes / longest
     y = lambda score: TOP + (HEIGHT - TOP - BOTTOM) * (1 - score)
@@ -106,15 +104,15 @@ def svg(runs, ids):
     for tick in range(0, int(longest) + 1, every):
         parts.append(f'<text class="quiet" x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{tick}</text>')
     for index, run in enumerate(runs):
-        steps = sorted(run.scores)
+        steps = sorted(run.passed)
         at = [run.minutes(step) for step in steps]
-        means = [mean([run.scores[step][row] for row in ids]) for step in steps]
-        bounds = [interval([run.scores[step][row] for row in ids]) for step in steps]
+        means = [mean([run.passed[step][row] for row in ids]) for step in steps]
+        bounds = [interval([run.passed[step][row] for row in ids]) for step in steps]
         band = [point(m, high) for m, (_, high) in zip(at, bounds)] + [point(m, low) for m, (low, _) in reversed(list(zip(at, bounds)))]
         light, night = COLOURS[index % len(COLOURS)]
         style.append(f".s{index}{{stroke:{light};fill:{light}}}")
         dark.append(f".s{index}{{stroke:{night};fill:{night}}}")
-        parts.append(f'<polygon class="s{index}" points="{" ".join(band)}" stroke="none" fill-opacity=".13"/>'
+        parts.append(f'<polygon class="s{index}" points="{" ".join(band)}" style="stroke:none;fill-opacity:.13"/>'
                      f'<polyline class="s{index}" points="{" ".join(map(point, at, means))}" style="fill:none" stroke-width="2"/>')
         parts += [f'<circle class="s{index}" cx="{x(m):.1f}" cy="{y(value):.1f}" r="3"><title>step {step}: {value:.3f}</title></circle>'
                   for step, m, value in zip(steps, at, means)]
@@ -122,12 +120,12 @@ def svg(runs, ids):
     labels.sort()
     for before, label in zip(labels, labels[1:]):
         label[0] = max(label[0], before[0] + 16)
-    parts += [f'<text x="{WIDTH - RIGHT + 8}" y="{height + 4:.1f}"><tspan class="s{index}" stroke="none">●</tspan> {html.escape(text)}</text>'
+    parts += [f'<text x="{WIDTH - RIGHT + 8}" y="{height + 4:.1f}"><tspan class="s{index}" style="stroke:none">●</tspan> {html.escape(text)}</text>'
               for height, index, text, _ in labels]
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-            f'aria-label="Held-out share of checks against minutes of training">\n<style>{"".join(style)}'
+            f'aria-label="Share of held-out prompts of which every check holds, against minutes of training">\n<style>{"".join(style)}'
             f'@media(prefers-color-scheme:dark){{{"".join(dark)}}}</style>\n'
-            f'<text x="{LEFT}" y="16">Held-out: share of checks held, greedy, with 95 % interval over prompts</text>\n'
+            f'<text x="{LEFT}" y="16">Share of held-out prompts of which every check holds (95 % interval over prompts)</text>\n'
             + "\n".join(parts) + f'\n<text class="quiet" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">'
             "minutes of sampling, scoring and updates</text>\n</svg>\n")
 
