@@ -262,7 +262,7 @@ fn the_fast_jump_mask_holds_over_long_responses() {
                 if token % 50 == 0 {
                     rate = [1, 2, 3, 5, 40][random.next_u32() as usize % 5];
                 }
-                if random.next_u32() % rate == 0 {
+                if random.next_u32().is_multiple_of(rate) {
                     level = -level;
                 }
                 level + (random.next_u32() >> 8) as f32 / (1 << 24) as f32 * 0.4

@@ -16,7 +16,7 @@ pub enum Error {
     World(#[from] WorldError),
     /// A training step or a scoring pass.
     #[error(transparent)]
-    Train(#[from] pivotal_train::Error),
+    Train(Box<pivotal_train::Error>),
     /// The model.
     #[error(transparent)]
     Model(#[from] pivotal_model::Error),
@@ -64,6 +64,12 @@ pub enum Error {
         #[from]
         source: rayon::ThreadPoolBuildError,
     },
+}
+
+impl From<pivotal_train::Error> for Error {
+    fn from(error: pivotal_train::Error) -> Self {
+        Self::Train(Box::new(error))
+    }
 }
 
 impl HasKind for Error {

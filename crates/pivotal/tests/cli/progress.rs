@@ -89,6 +89,7 @@ fn warnings_are_said_when_they_fire_and_stand_in_the_metrics() {
 }
 
 /// `command` on a terminal of 80 columns and 24 rows; none where there is no `script` to make one.
+#[expect(clippy::print_stderr, reason = "a test that is skipped says so")]
 fn on_a_terminal(scratch: &Scratch, command: &str, environment: &[(&str, &str)]) -> Option<String> {
     let program = assert_cmd::cargo::cargo_bin("pivotal");
     let model = golden("llama").display().to_string();
