@@ -1,5 +1,6 @@
 //! `pivotal reject`: what is accepted and learnt from, the files, a run cut short, bad input.
 
+// Long because the promises of one recipe are tried with the same runs and the same ways to read them.
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
