@@ -490,10 +490,16 @@ impl Training<'_> {
             let (learnt, grad_norm) = self.clock.update(|| {
                 let (sum, learnt) = gradients(policy, &items, optimizer, step)?;
                 // Where nothing is kept Adam's moments are left alone too.
-                let grad_norm = match learnt.kept_tokens {
-                    0 => 0.0,
-                    _ => adam.step(policy, sum, lr, step)?,
-                };
+                if learnt.kept_tokens == 0 {
+                    return Ok((learnt, 0.0));
+                }
+                let grad_norm = adam.step(policy, sum, lr, step).map_err(|error| {
+                    let ids = items.iter().map(|one| one.id).collect();
+                    error.naming(ids, |index| {
+                        let own = gradients(policy, &items[index..=index], optimizer, step);
+                        own.map(|(sum, _)| sum.norm())
+                    })
+                })?;
                 Ok::<_, Error>((learnt, grad_norm))
             })?;
             self.step = step;
