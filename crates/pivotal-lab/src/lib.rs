@@ -25,6 +25,6 @@ pub use error::{Error, Result};
 pub use grid::{BETAS, GridResult, GridRow, GridSettings, LEARNING_RATES, grid, tuned_arms};
 pub use quickstart::{QuickstartSettings, quickstart};
 pub use trainers::{
-    TRAINER_LEARNING_RATES, TokenRule, Trainer, TrainerArm, TrainerSettings, TrainersGrid,
-    TrainersGridRow, TrainersGridSettings, TrainersStudySettings, trainers, trainers_grid,
+    TokenRule, Trainer, TrainerArm, TrainerSettings, TrainersGrid, TrainersGridRow,
+    TrainersGridSettings, TrainersStudySettings, trainers, trainers_grid,
 };

@@ -12,9 +12,7 @@ mod study;
 mod tally;
 
 pub use arm::{TokenRule, Trainer, TrainerArm, TrainerSettings};
-pub use grid::{
-    TRAINER_LEARNING_RATES, TrainersGrid, TrainersGridRow, TrainersGridSettings, trainers_grid,
-};
+pub use grid::{TrainersGrid, TrainersGridRow, TrainersGridSettings, trainers_grid};
 
 use pivotal_report::Study;
 

@@ -24,6 +24,8 @@ mod recipes;
 mod reject;
 #[path = "cli/resume.rs"]
 mod resume;
+#[path = "cli/studies.rs"]
+mod studies;
 
 use std::path::{Path, PathBuf};
 use std::process::Output;

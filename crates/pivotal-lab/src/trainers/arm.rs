@@ -47,8 +47,17 @@ impl Trainer {
         match self {
             Self::Dpo => &crate::BETAS,
             Self::Reject => &[0.0],
-            Self::Grpo => &[0.0, 0.1],
-            Self::Ppo => &[0.0, 0.05],
+            Self::Grpo => &[0.0, 0.3],
+            Self::Ppo => &[0.0, 0.1],
+        }
+    }
+
+    /// Learning rates tried with every anchor; PPO takes four updates a step.
+    pub const fn learning_rates(self) -> [f64; 4] {
+        match self {
+            Self::Dpo => crate::LEARNING_RATES,
+            Self::Reject | Self::Grpo => [1e-4, 2e-4, 4e-4, 8e-4],
+            Self::Ppo => [5e-5, 1e-4, 2e-4, 4e-4],
         }
     }
 
@@ -302,9 +311,16 @@ impl TrainerArm {
                 anchor: settings.beta,
             };
         }
-        TrainerSettings {
-            lr: 2e-4,
-            anchor: 0.0,
-        }
+        let (lr, anchor) = match (self.trainer, self.rule) {
+            (Trainer::Reject, TokenRule::All) => (8e-4, 0.0),
+            (Trainer::Reject, TokenRule::LogRatio) => (2e-4, 0.0),
+            (Trainer::Reject, _) => (4e-4, 0.0),
+            (Trainer::Grpo, TokenRule::AllLonger | TokenRule::AllFromOracle) => (4e-4, 0.0),
+            (Trainer::Grpo, TokenRule::Truth) => (8e-4, 0.0),
+            (Trainer::Grpo, _) => (8e-4, 0.3),
+            // Not tuned: its grid has not been run.
+            (Trainer::Ppo | Trainer::Dpo, _) => (2e-4, 0.0),
+        };
+        TrainerSettings { lr, anchor }
     }
 }

@@ -9,9 +9,6 @@ use super::experiment::{TrainerPlan, TrainersExperiment};
 use crate::error::Result;
 use crate::world::splits::Split;
 
-/// Learning rates tried with every anchor.
-pub const TRAINER_LEARNING_RATES: [f64; 4] = [1e-4, 2e-4, 4e-4, 8e-4];
-
 /// What to try.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TrainersGridSettings {
@@ -72,7 +69,7 @@ pub fn trainers_grid(
     let mut plans = Vec::new();
     for arm in arms {
         for &anchor in arm.trainer.anchors() {
-            for lr in TRAINER_LEARNING_RATES {
+            for lr in arm.trainer.learning_rates() {
                 let settings = TrainerSettings { lr, anchor };
                 plans.extend(oracles.iter().map(|oracle| TrainerPlan {
                     arm,
@@ -107,30 +104,32 @@ impl TrainersGrid {
         })
     }
 
-    /// The grid as Markdown: a row an arm and anchor, a column a learning rate, the best of each arm in bold.
+    /// The grid as Markdown, a table a trainer: a row an arm and anchor, a column a learning rate, the best of each arm in bold.
     pub fn to_markdown(&self) -> String {
-        let mut text = String::from("| arm | anchor |");
-        for lr in TRAINER_LEARNING_RATES {
+        let tried = |trainer: &Trainer| self.rows.iter().any(|row| row.arm.trainer == *trainer);
+        let trainers = Trainer::ALL.into_iter().filter(tried);
+        let tables: Vec<String> = trainers.map(|trainer| self.table(trainer)).collect();
+        tables.join("\n")
+    }
+
+    fn table(&self, trainer: Trainer) -> String {
+        let name = trainer.anchor_name();
+        let learning_rates = trainer.learning_rates();
+        let mut text = format!("| arm | {name} |");
+        for lr in learning_rates {
             let _ = write!(text, " lr {lr:e} |");
         }
         text.push_str("\n|---|---|");
-        text.push_str(&"---|".repeat(TRAINER_LEARNING_RATES.len()));
+        text.push_str(&"---|".repeat(learning_rates.len()));
         text.push('\n');
-        for arm in TrainerArm::all() {
+        for arm in TrainerArm::all().filter(|arm| arm.trainer == trainer) {
             let best = self.best(arm);
-            for &anchor in arm.trainer.anchors() {
-                let row = |lr| {
+            for &anchor in trainer.anchors() {
+                let _ = write!(text, "| {} | {anchor} |", arm.key());
+                for lr in learning_rates {
                     let settings = TrainerSettings { lr, anchor };
                     let mut rows = self.rows.iter();
-                    rows.find(move |row| row.arm == arm && row.settings == settings)
-                };
-                if TRAINER_LEARNING_RATES.iter().all(|&lr| row(lr).is_none()) {
-                    continue;
-                }
-                let name = arm.trainer.anchor_name();
-                let _ = write!(text, "| {} | {name} {anchor} |", arm.key());
-                for lr in TRAINER_LEARNING_RATES {
-                    let row = row(lr);
+                    let row = rows.find(|row| row.arm == arm && row.settings == settings);
                     let value = row.map_or("–".to_owned(), |row| format!("{:.3}", row.mean()));
                     let _ = match row.is_some() && best == row {
                         true => write!(text, " **{value}** |"),

@@ -284,3 +284,61 @@ pub(super) fn minibatch_tokens(minibatch: &Minibatch) -> usize {
     let micro_batches = minibatch.micro_batches.iter();
     micro_batches.map(|micro| micro.pack.len()).sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use pivotal_credit::CreditConfig;
+
+    use super::*;
+    use crate::start_policy;
+    use crate::world::tokenizer;
+
+    const SCALE: RolloutScale = RolloutScale {
+        steps: 2,
+        prompts: 2,
+        samples: 4,
+    };
+
+    /// The policy's bytes after an arm, or after it under another credit rule; at learning rates at which every step counts.
+    fn trained(arm: TrainerArm, credit: Option<CreditConfig>) -> Vec<u8> {
+        let start = start_policy::embedded().unwrap();
+        let tokenizer = tokenizer().unwrap();
+        let origin = Origin {
+            seed: 3,
+            start: &start,
+            oracle: &start,
+            tokenizer: &tokenizer,
+            scale: SCALE,
+        };
+        let mut run = Run::new(origin, arm, 1e-3).unwrap();
+        if let Some(credit) = credit {
+            run.credit = RolloutCredit::new(&credit, 3, "").unwrap();
+        }
+        match arm.trainer {
+            Trainer::Reject => reject::train(&mut run).unwrap(),
+            Trainer::Ppo => ppo::train(&mut run, 0.1).unwrap(),
+            _ => grpo::train(&mut run, 0.1).unwrap(),
+        }
+        start_policy::to_bytes(&run.policy.detached()).unwrap()
+    }
+
+    #[test]
+    fn credit_that_keeps_all_is_the_trainer_on_every_token_bit_for_bit() {
+        // Masks are drawn, and every token is: the way of a mask, to the masks of no credit.
+        let everything = CreditConfig {
+            selection: Selection::Random,
+            random_fraction: Some(1.0),
+            ..CreditConfig::default()
+        };
+        for trainer in [Trainer::Reject, Trainer::Grpo, Trainer::Ppo] {
+            let arm = |rule| TrainerArm { trainer, rule };
+            let every_token = trained(arm(TokenRule::All), None);
+            let kept = trained(arm(TokenRule::LogRatio), Some(everything.clone()));
+            assert!(kept == every_token, "{trainer:?}");
+            // The masks of the truth are others, and change what is learnt.
+            let truth = trained(arm(TokenRule::Truth), None);
+            assert!(truth != every_token, "{trainer:?}");
+            assert!(every_token != start_policy::EMBEDDED, "{trainer:?}");
+        }
+    }
+}
