@@ -27,6 +27,9 @@ use crate::failure::Failure;
 #[global_allocator]
 static ALLOCATOR: allocator::Caching = allocator::Caching;
 
+/// Bytes of a computing thread's stack: what Linux gives a program's first one.
+const STACK: usize = 8 << 20;
+
 /// Aligns language models with segment-level credit.
 ///
 /// A reward signal scores every token of a response, a segmenter cuts the response where that score turns, and training
@@ -81,9 +84,17 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: Arguments) -> Result<(), Failure> {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(arguments.threads);
-    pool.build_global()
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(arguments.threads)
+        .stack_size(STACK)
+        .build_global()
         .map_err(|error| Failure::system(&error))?;
+    // On a thread of the pool, which takes part in every parallel region; the main thread would sleep through each and be
+    // woken after it.
+    rayon::scope(|_| dispatch(arguments))
+}
+
+fn dispatch(arguments: Arguments) -> Result<(), Failure> {
     match arguments.command {
         Command::Quickstart(command) => command.run(arguments.threads),
         Command::Sft(command) => command.run(),
