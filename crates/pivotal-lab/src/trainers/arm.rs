@@ -312,14 +312,18 @@ impl TrainerArm {
             };
         }
         let (lr, anchor) = match (self.trainer, self.rule) {
-            (Trainer::Reject, TokenRule::All) => (8e-4, 0.0),
+            (Trainer::Reject, TokenRule::All | TokenRule::Truth) => (8e-4, 0.0),
             (Trainer::Reject, TokenRule::LogRatio) => (2e-4, 0.0),
             (Trainer::Reject, _) => (4e-4, 0.0),
             (Trainer::Grpo, TokenRule::AllLonger | TokenRule::AllFromOracle) => (4e-4, 0.0),
             (Trainer::Grpo, TokenRule::Truth) => (8e-4, 0.0),
             (Trainer::Grpo, _) => (8e-4, 0.3),
-            // Not tuned: its grid has not been run.
-            (Trainer::Ppo | Trainer::Dpo, _) => (2e-4, 0.0),
+            (Trainer::Ppo, TokenRule::AllFromOracle | TokenRule::Truth) => (4e-4, 0.0),
+            (Trainer::Ppo, TokenRule::LogRatio) => (1e-4, 0.1),
+            (Trainer::Ppo, TokenRule::Critic) => (1e-4, 0.0),
+            (Trainer::Ppo, TokenRule::Random) => (4e-4, 0.1),
+            (Trainer::Ppo, _) => (2e-4, 0.0),
+            (Trainer::Dpo, _) => unreachable!("the quickstart has DPO's other arms"),
         };
         TrainerSettings { lr, anchor }
     }
