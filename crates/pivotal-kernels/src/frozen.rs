@@ -7,17 +7,25 @@
 //! ```
 //!
 //! The outputs lie side by side in a row. With bf16 operands the frozen weights are packed once, for both directions, the
-//! input is packed once for all layers, and an output is stored once with its update already in it.
+//! input is packed once for all layers, straight out of the norm or gate that makes it, and an output is stored once with its
+//! update already in it.
 
+use std::borrow::Cow;
+use std::ops::Range;
 #[cfg(target_arch = "x86_64")]
 use std::sync::OnceLock;
 
+use crate::account::{Part, time};
 use crate::matmul::{
     FEW_ROWS, Precision, ProductShape, Store, f32_product, matmul_nn, matmul_nt, matmul_tn,
     parallelism,
 };
-use crate::parallel::{SharedOut, check_len, for_each_block, rows_per_block, with_scratch};
+use crate::norm::{self, row_rstd, scale_row};
+use crate::parallel::{
+    SharedOut, check_len, for_each_block, rows_per_block, with_scratch, written, zeros,
+};
 use crate::small;
+use crate::swiglu::{self, gate_row};
 
 #[cfg(target_arch = "x86_64")]
 mod bf16;
@@ -65,18 +73,82 @@ pub struct LowRankUpdate<'a> {
     pub scale: f32,
 }
 
-/// Where [`frozen_linears_backward`] puts the gradients that are wanted; all are overwritten.
-#[derive(Debug)]
-pub struct FrozenGradients<'a> {
-    /// `[rows, inputs]`.
-    pub x: Option<&'a mut [f32]>,
-    /// As [`LowRankUpdate::a`].
-    pub a: Option<&'a mut [f32]>,
-    /// As [`LowRankUpdate::b`].
-    pub b: Option<&'a mut [f32]>,
+/// What is done to each row of the input before the products.
+#[derive(Clone, Copy, Debug)]
+pub enum Prologue<'a> {
+    /// Nothing.
+    Plain,
+    /// [`rms_norm_forward`](crate::rms_norm_forward).
+    Normed {
+        /// `[inputs]`.
+        weight: &'a [f32],
+        /// Added to the mean square.
+        eps: f32,
+    },
+    /// [`swiglu_joined_forward`](crate::swiglu_joined_forward): the rows are twice as wide as the products' input.
+    Gated,
 }
 
-/// The sizes of a group.
+/// Frozen layers that read one input, and what comes before and beside them.
+#[derive(Clone, Copy, Debug)]
+pub struct FrozenGroup<'a> {
+    /// What is done to the input first.
+    pub prologue: Prologue<'a>,
+    /// Length of a row that the products read.
+    pub inputs: usize,
+    /// The layers, in the order of their outputs.
+    pub layers: &'a [FrozenLinear<'a>],
+    /// The adapted layers' updates.
+    pub update: Option<LowRankUpdate<'a>>,
+    /// What the operands are rounded to.
+    pub precision: Precision,
+}
+
+/// What [`FrozenGroup::forward`] returns.
+#[derive(Clone, Debug)]
+pub struct FrozenOutputs {
+    /// `[rows, all outputs]`.
+    pub y: Vec<f32>,
+    /// `s·x Aᵀ`, `[rows, adapted layers * rank]`; empty without an update.
+    pub h: Vec<f32>,
+    /// The norm's `1/√(mean(x²) + eps)`, `[rows]`; empty without a norm.
+    pub rstd: Vec<f32>,
+}
+
+/// What [`FrozenGroup::backward`] needs of the forward pass.
+#[derive(Clone, Copy, Debug)]
+pub struct FrozenSaved<'a> {
+    /// The input, before the prologue. Read for the gradient of `a`, and for that of `x` unless the prologue is plain.
+    pub x: &'a [f32],
+    /// [`FrozenOutputs::h`].
+    pub h: &'a [f32],
+    /// [`FrozenOutputs::rstd`].
+    pub rstd: &'a [f32],
+}
+
+/// Which gradients are wanted: the others are not computed.
+#[derive(Clone, Copy, Debug)]
+pub struct FrozenWanted {
+    /// Of the input, before the prologue.
+    pub x: bool,
+    /// Of [`LowRankUpdate::a`].
+    pub a: bool,
+    /// Of [`LowRankUpdate::b`].
+    pub b: bool,
+}
+
+/// The wanted gradients, each shaped as what it is of; those of an update only where there is one.
+#[derive(Clone, Debug)]
+pub struct FrozenGradients {
+    /// Of the input, before the prologue.
+    pub x: Option<Vec<f32>>,
+    /// Of [`LowRankUpdate::a`].
+    pub a: Option<Vec<f32>>,
+    /// Of [`LowRankUpdate::b`].
+    pub b: Option<Vec<f32>>,
+}
+
+/// A group's layers and sizes.
 #[derive(Clone, Copy)]
 struct Group<'a> {
     layers: &'a [FrozenLinear<'a>],
@@ -157,38 +229,204 @@ impl<'a> Group<'a> {
     }
 }
 
-/// `y = x Wᵀ + s·(x Aᵀ) Bᵀ + bias` of every layer, side by side; `h` gets `s·x Aᵀ`.
-///
-/// With `b` all zero the result is that without an update, bit for bit.
-///
-/// # Shapes
-/// `x` `[rows, inputs]`, `out` `[rows, all outputs]`, `h` `[rows, adapted layers * rank]` (empty without an update).
-///
-/// # Panics
-/// If a slice has another length.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "input, layers, update, two outputs and the sizes"
-)]
-pub fn frozen_linears_forward(
+impl Prologue<'_> {
+    /// Length of an input row.
+    fn width(&self, inputs: usize) -> usize {
+        match self {
+            Self::Plain | Self::Normed { .. } => inputs,
+            Self::Gated => 2 * inputs,
+        }
+    }
+
+    /// What the accounts call the work of it.
+    fn part(&self) -> Part {
+        match self {
+            Self::Plain => Part::Linear,
+            Self::Normed { .. } => Part::Norm,
+            Self::Gated => Part::Swiglu,
+        }
+    }
+
+    /// The reciprocal root mean squares of the rows of `x`, if there is a norm.
+    fn rstd(&self, x: &[f32], inputs: usize) -> Vec<f32> {
+        let Self::Normed { eps, .. } = *self else {
+            return Vec::new();
+        };
+        let mut rstd = vec![0.0; x.len() / inputs.max(1)];
+        let shared = SharedOut::new(&mut rstd);
+        let rows = x.len() / inputs.max(1);
+        for_each_block(rows, rows_per_block(inputs), x.len(), |rows| {
+            for row in rows {
+                // SAFETY: element `row` is this block's own.
+                unsafe { *shared.at(row) = row_rstd(&x[row * inputs..][..inputs], eps) };
+            }
+        });
+        rstd
+    }
+
+    /// Rows `rows` of what the products read, one after the other. Not for a plain prologue, whose rows are there already.
+    fn make(&self, x: &[f32], rstd: &[f32], rows: Range<usize>, out: &mut [f32]) {
+        let inputs = out.len() / rows.len().max(1);
+        let width = self.width(inputs);
+        for (row, out) in rows.zip(out.chunks_exact_mut(inputs.max(1))) {
+            let x = &x[row * width..][..width];
+            match self {
+                Self::Plain => out.copy_from_slice(x),
+                Self::Normed { weight, .. } => scale_row(x, weight, rstd[row], out),
+                Self::Gated => gate_row(x, out),
+            }
+        }
+    }
+
+    /// All rows of what the products read.
+    fn outcome<'a>(&self, x: &'a [f32], rstd: &[f32], rows: usize, inputs: usize) -> Cow<'a, [f32]> {
+        if let Self::Plain = self {
+            return Cow::Borrowed(x);
+        }
+        time(self.part(), || {
+            let mut out = zeros(rows * inputs);
+            let shared = SharedOut::new(&mut out);
+            for_each_block(rows, rows_per_block(inputs), 4 * x.len(), |rows| {
+                // SAFETY: these rows are this block's own.
+                let out = unsafe { shared.slice(rows.start * inputs, rows.len() * inputs) };
+                self.make(x, rstd, rows, out);
+            });
+            Cow::Owned(out)
+        })
+    }
+
+    /// The gradient of `x` where `dinput` is that of the products' input.
+    fn gradient(&self, saved: FrozenSaved<'_>, inputs: usize, dinput: &[f32]) -> Vec<f32> {
+        let FrozenSaved { x, rstd, .. } = saved;
+        match self {
+            Self::Plain => dinput.to_vec(),
+            Self::Normed { weight, .. } => time(Part::Norm, || {
+                // SAFETY: `x` and `dinput` have a row for each of `rstd`, by the checks of `backward`; all of the gradient
+                // is written.
+                unsafe {
+                    written(dinput.len(), |dx| {
+                        norm::input_gradient(x, weight, rstd, dinput, dx);
+                    })
+                }
+            }),
+            Self::Gated => time(Part::Swiglu, || {
+                // SAFETY: `x` is twice as long as `dinput`, by the checks of `backward`; all of the gradient is written.
+                unsafe {
+                    written(x.len(), |dx| {
+                        swiglu::joined_gradient(x, inputs, dinput, dx);
+                    })
+                }
+            }),
+        }
+    }
+}
+
+impl FrozenGroup<'_> {
+    /// `y = x Wᵀ + s·(x Aᵀ) Bᵀ + bias` of every layer, side by side, with `x` after the prologue.
+    ///
+    /// With `b` all zero the result is that without an update, bit for bit.
+    ///
+    /// # Shapes
+    /// `x` `[rows, inputs]`, or `[rows, 2 * inputs]` if gated.
+    ///
+    /// # Panics
+    /// If a slice has another length.
+    #[must_use]
+    pub fn forward(&self, x: &[f32], rows: usize) -> FrozenOutputs {
+        let group = Group::new(self.layers, rows, self.inputs, self.update);
+        check_len("x", x, rows * self.prologue.width(self.inputs));
+        if let Prologue::Normed { weight, .. } = self.prologue {
+            check_len("weight of the norm", weight, self.inputs);
+        }
+        let rstd = time(self.prologue.part(), || self.prologue.rstd(x, self.inputs));
+        #[cfg(target_arch = "x86_64")]
+        if self.precision == Precision::Bf16 && crate::bf16::available() {
+            let (mut y, h) = bf16::forward(self, &group, x, &rstd);
+            add_biases(&group, &mut y);
+            return FrozenOutputs { y, h, rstd };
+        }
+        let input = self.prologue.outcome(x, &rstd, rows, self.inputs);
+        let (mut y, mut h) = (zeros(rows * group.outputs), zeros(rows * group.ranks));
+        forward_f32(&group, &input, self.update, &mut y, &mut h, self.precision);
+        add_biases(&group, &mut y);
+        FrozenOutputs { y, h, rstd }
+    }
+
+    /// The wanted gradients of [`FrozenGroup::forward`] at the upstream gradient `dout`.
+    ///
+    /// # Shapes
+    /// `dout` `[rows, all outputs]`.
+    ///
+    /// # Panics
+    /// If a slice that is needed has another length.
+    #[must_use]
+    pub fn backward(
+        &self,
+        saved: FrozenSaved<'_>,
+        dout: &[f32],
+        rows: usize,
+        wanted: FrozenWanted,
+    ) -> FrozenGradients {
+        let group = Group::new(self.layers, rows, self.inputs, self.update);
+        check_len("dout", dout, rows * group.outputs);
+        let is_plain = matches!(self.prologue, Prologue::Plain);
+        if wanted.a && self.update.is_some() || wanted.x && !is_plain {
+            check_len("x", saved.x, rows * self.prologue.width(self.inputs));
+            if let Prologue::Normed { weight, .. } = self.prologue {
+                check_len("weight of the norm", weight, self.inputs);
+                check_len("rstd", saved.rstd, rows);
+            }
+        }
+        check_len("h", saved.h, rows * group.ranks);
+        #[cfg(target_arch = "x86_64")]
+        if self.precision == Precision::Bf16 && crate::bf16::available() {
+            return bf16::backward(self, &group, saved, dout, wanted);
+        }
+        self.backward_f32(&group, saved, dout, wanted)
+    }
+
+    fn backward_f32(
+        &self,
+        group: &Group<'_>,
+        saved: FrozenSaved<'_>,
+        dout: &[f32],
+        wanted: FrozenWanted,
+    ) -> FrozenGradients {
+        let &Group { rows, inputs, .. } = group;
+        let wants_a = wanted.a && self.update.is_some();
+        let input = match wants_a {
+            true => self.prologue.outcome(saved.x, saved.rstd, rows, inputs),
+            false => Cow::Borrowed(&[][..]),
+        };
+        let mut dinput = wanted.x.then(|| zeros(rows * inputs));
+        let update = self.update.as_ref();
+        let mut da = update.filter(|_| wanted.a).map(|update| zeros(update.a.len()));
+        let mut db = update.filter(|_| wanted.b).map(|update| zeros(update.b.len()));
+        with_scratch(rows * group.ranks, |dh| {
+            let slopes = Slopes {
+                x: dinput.as_deref_mut(),
+                a: da.as_deref_mut(),
+                b: db.as_deref_mut(),
+            };
+            backward_f32(group, &input, self.update, saved.h, dout, dh, slopes, self.precision);
+        });
+        let x = match (dinput, self.prologue) {
+            (dinput, Prologue::Plain) => dinput,
+            (dinput, prologue) => dinput.map(|dinput| prologue.gradient(saved, inputs, &dinput)),
+        };
+        FrozenGradients { x, a: da, b: db }
+    }
+}
+
+fn forward_f32(
+    group: &Group<'_>,
     x: &[f32],
-    rows: usize,
-    inputs: usize,
-    layers: &[FrozenLinear<'_>],
     update: Option<LowRankUpdate<'_>>,
     out: &mut [f32],
     h: &mut [f32],
     precision: Precision,
 ) {
-    let group = Group::new(layers, rows, inputs, update);
-    check_len("x", x, rows * inputs);
-    check_len("out", out, rows * group.outputs);
-    check_len("h", h, rows * group.ranks);
-    #[cfg(target_arch = "x86_64")]
-    if precision == Precision::Bf16 && crate::bf16::available() {
-        bf16::forward(&group, x, update, out, h);
-        return add_biases(&group, out);
-    }
+    let &Group { layers, rows, inputs, .. } = group;
     if let Some(update) = update {
         let shape = ProductShape {
             m: rows,
@@ -245,52 +483,13 @@ pub fn frozen_linears_forward(
             );
         }
     }
-    add_biases(&group, out);
 }
 
-/// The gradients of [`frozen_linears_forward`], which returned `h`, at the upstream gradient `dout` `[rows, all outputs]`.
-///
-/// What is not asked for is not computed; `x` is read only for the gradient of `a`.
-///
-/// # Panics
-/// If a slice has another length.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "two inputs of the forward pass, its `h`, layers, update, upstream, sizes"
-)]
-pub fn frozen_linears_backward(
-    x: &[f32],
-    rows: usize,
-    inputs: usize,
-    layers: &[FrozenLinear<'_>],
-    update: Option<LowRankUpdate<'_>>,
-    h: &[f32],
-    dout: &[f32],
-    gradients: FrozenGradients<'_>,
-    precision: Precision,
-) {
-    let group = Group::new(layers, rows, inputs, update);
-    check_len("dout", dout, rows * group.outputs);
-    if let Some(dx) = &gradients.x {
-        check_len("gradients.x", dx, rows * inputs);
-    }
-    if let Some(update) = update {
-        check_len("h", h, rows * group.ranks);
-        if let Some(da) = &gradients.a {
-            check_len("gradients.a", da, update.a.len());
-            check_len("x", x, rows * inputs);
-        }
-        if let Some(db) = &gradients.b {
-            check_len("gradients.b", db, update.b.len());
-        }
-    }
-    with_scratch(rows * group.ranks, |dh| {
-        #[cfg(target_arch = "x86_64")]
-        if precision == Precision::Bf16 && crate::bf16::available() {
-            return bf16::backward(&group, x, update, h, dout, dh, gradients);
-        }
-        backward_f32(&group, x, update, h, dout, dh, gradients, precision);
-    });
+/// Where the gradients go; `x` is that of the products' input.
+struct Slopes<'a> {
+    x: Option<&'a mut [f32]>,
+    a: Option<&'a mut [f32]>,
+    b: Option<&'a mut [f32]>,
 }
 
 #[expect(clippy::too_many_arguments, reason = "what its one caller was given")]
@@ -301,7 +500,7 @@ fn backward_f32(
     h: &[f32],
     dout: &[f32],
     dh: &mut [f32],
-    gradients: FrozenGradients<'_>,
+    gradients: Slopes<'_>,
     precision: Precision,
 ) {
     let &Group {

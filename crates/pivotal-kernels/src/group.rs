@@ -95,8 +95,23 @@ pub(crate) fn multiply_jobs(
     stride: usize,
     store: Store,
 ) {
-    assert!(available(), "bf16 instructions are missing");
     assert!(out.len() >= rows * stride);
+    // SAFETY: the output has that many floats, which are this call's alone.
+    unsafe { multiply_jobs_at(jobs, rows, SharedOut::new(out), stride, store) };
+}
+
+/// [`multiply_jobs`] into memory that with [`Store::Replace`] need not be initialised. All of the jobs' columns are written.
+///
+/// # Safety
+/// `out` has `rows * stride` floats, which nobody else touches meanwhile.
+pub(crate) unsafe fn multiply_jobs_at(
+    jobs: &[Job<'_>],
+    rows: usize,
+    out: SharedOut,
+    stride: usize,
+    store: Store,
+) {
+    assert!(available(), "bf16 instructions are missing");
     let mut panels = Vec::new();
     let mut work = 0;
     for (index, job) in jobs.iter().enumerate() {
@@ -124,7 +139,6 @@ pub(crate) fn multiply_jobs(
     };
     let panel_tasks = panels.len().div_ceil(task_panels);
     let with_tiles = processor() == Processor::Amx;
-    let target = SharedOut::new(out);
     for_each_block(row_tasks * panel_tasks, 1, work, |tasks| {
         // SAFETY: this is AMX's path.
         let tiles = with_tiles.then(|| unsafe { amx::Tiles::configure() });
@@ -139,7 +153,7 @@ pub(crate) fn multiply_jobs(
                 // this task alone has their rows and columns.
                 unsafe {
                     let tile = Tile {
-                        out: target.at(job.out_column + column),
+                        out: out.at(job.out_column + column),
                         stride,
                         columns: COLUMNS.min(job.columns - column),
                         add: store == Store::Add,

@@ -61,8 +61,8 @@ pub use attention_backward::{AttentionGradients, AttentionSaved, attention_backw
 pub use cached::{CachedContext, attend_cached};
 pub use columns::{join_columns, split_columns};
 pub use frozen::{
-    FrozenGradients, FrozenLinear, FrozenPanels, LowRankUpdate, frozen_linears_backward,
-    frozen_linears_forward,
+    FrozenGradients, FrozenGroup, FrozenLinear, FrozenOutputs, FrozenPanels, FrozenSaved,
+    FrozenWanted, LowRankUpdate, Prologue,
 };
 pub use frozen_head::frozen_token_logps;
 pub use key_values::{KeyValues, StepContext, attend_step};

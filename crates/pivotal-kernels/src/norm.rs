@@ -29,17 +29,27 @@ pub fn rms_norm_forward(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32], rs
     for_each_block(rows, rows_per_block(hidden), 4 * x.len(), |block| {
         for row in block {
             let x = &x[row * hidden..][..hidden];
-            let scale = 1.0 / (dot(x, x) / hidden as f32 + eps).sqrt();
+            let scale = row_rstd(x, eps);
             // SAFETY: row `row` of `out` and element `row` of `rstd` are this block's own.
             let out = unsafe {
                 *rstd.at(row) = scale;
                 out.slice(row * hidden, hidden)
             };
-            for ((out, &x), &weight) in out.iter_mut().zip(x).zip(weight) {
-                *out = x * scale * weight;
-            }
+            scale_row(x, weight, scale, out);
         }
     });
+}
+
+/// `1/√(mean(x²) + eps)` of one row.
+pub(crate) fn row_rstd(x: &[f32], eps: f32) -> f32 {
+    1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt()
+}
+
+/// One row of the output.
+pub(crate) fn scale_row(x: &[f32], weight: &[f32], rstd: f32, out: &mut [f32]) {
+    for ((out, &x), &weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = x * rstd * weight;
+    }
 }
 
 /// Where [`rms_norm_backward`] puts its gradients.
@@ -70,7 +80,26 @@ pub fn rms_norm_backward(
     check_len("x", x, rows * hidden);
     check_len("dout", dout, rows * hidden);
     check_len("gradients.x", gradients.x, rows * hidden);
-    let dx = SharedOut::new(gradients.x);
+    // SAFETY: the gradient has as many elements as `x`, by the check above.
+    unsafe { input_gradient(x, weight, rstd, dout, SharedOut::new(gradients.x)) };
+    if let Some(dweight) = gradients.weight {
+        check_len("gradients.weight", dweight, hidden);
+        weight_gradient(x, rstd, dout, dweight);
+    }
+}
+
+/// The gradient of `x`, every element of it, into memory that need not be initialised.
+///
+/// # Safety
+/// `x` and `dout` have a row for each of `rstd`; `dx` has as many floats, which nobody else touches meanwhile.
+pub(crate) unsafe fn input_gradient(
+    x: &[f32],
+    weight: &[f32],
+    rstd: &[f32],
+    dout: &[f32],
+    dx: SharedOut,
+) {
+    let (rows, hidden) = (rstd.len(), weight.len());
     for_each_block(rows, rows_per_block(hidden), 6 * x.len(), |block| {
         for row in block {
             let (x, dout) = (
@@ -89,10 +118,6 @@ pub fn rms_norm_backward(
             }
         }
     });
-    if let Some(dweight) = gradients.weight {
-        check_len("gradients.weight", dweight, hidden);
-        weight_gradient(x, rstd, dout, dweight);
-    }
 }
 
 fn weight_gradient(x: &[f32], rstd: &[f32], dout: &[f32], dweight: &mut [f32]) {

@@ -7,6 +7,8 @@
 //! Every panel has a multiple of 16 pairs, zero beyond the last element, so a tile never reaches into the next panel; and
 //! both left layouts take the same room.
 
+use std::ops::Range;
+
 use std::arch::x86_64::{
     __m512bh, __m512i, _mm256_storeu_si256, _mm512_castsi512_si256, _mm512_cvtne2ps_pbh,
     _mm512_extracti64x4_epi64, _mm512_loadu_si512, _mm512_maskz_loadu_ps, _mm512_permutexvar_epi16,
@@ -15,7 +17,7 @@ use std::arch::x86_64::{
 };
 
 use crate::bf16::available;
-use crate::parallel::{SharedOut, for_each_block};
+use crate::parallel::{SharedOut, for_each_block, with_scratch};
 use crate::processor::{Processor, processor};
 
 /// Rows of a left panel that AVX-512 reads.
@@ -107,6 +109,131 @@ pub(crate) fn pack<const W: usize>(source: Source<'_>, words: &mut [f32]) {
             }
         },
     );
+}
+
+/// Rows that lie in memory, or that are made where they are wanted.
+pub(crate) enum Rows<'a> {
+    /// `stride` floats from one to the next.
+    InMemory { values: &'a [f32], stride: usize },
+    /// `make` writes some of them, each `width` long, one after the other.
+    Made {
+        width: usize,
+        make: &'a (dyn Fn(Range<usize>, &mut [f32]) + Sync),
+    },
+}
+
+/// Columns `first..first + columns` of [`Rows`], and what they are packed into.
+pub(crate) struct Part<'a> {
+    pub(crate) first: usize,
+    pub(crate) columns: usize,
+    /// The rows as those of a left operand: [`left_words`] of them.
+    pub(crate) left: Option<&'a mut [f32]>,
+    /// The columns as those of a right operand, whose sums run over the rows: [`packed_words`].
+    pub(crate) right: Option<&'a mut [f32]>,
+}
+
+/// Rows that [`pack_rows`] takes at a time: a tile's pairs on the right, two tiles on the left.
+const UNIT_ROWS: usize = 2 * GROUP;
+
+/// Packs parts of `rows` rows, in one pass over them.
+pub(crate) fn pack_rows(rows: usize, source: &Rows<'_>, parts: &mut [Part<'_>]) {
+    assert!(available(), "bf16 instructions are missing");
+    struct Target {
+        first: usize,
+        columns: usize,
+        left: Option<SharedOut>,
+        right: Option<SharedOut>,
+    }
+    let width = match source {
+        Rows::InMemory { stride, .. } => *stride,
+        Rows::Made { width, .. } => *width,
+    };
+    if let Rows::InMemory { values, stride } = source {
+        assert!(values.len() >= rows * stride, "`values` is too short");
+    }
+    let targets: Vec<Target> = parts
+        .iter_mut()
+        .map(|part| {
+            assert!(part.first + part.columns <= width, "a part is too wide");
+            let check = |words: &mut [f32], expected| {
+                assert_eq!(words.len(), expected);
+                SharedOut::new(words)
+            };
+            let right_words = packed_words::<COLUMNS>(part.columns, rows);
+            Target {
+                first: part.first,
+                columns: part.columns,
+                left: part
+                    .left
+                    .as_deref_mut()
+                    .map(|words| check(words, left_words(rows, part.columns))),
+                right: part
+                    .right
+                    .as_deref_mut()
+                    .map(|words| check(words, right_words)),
+            }
+        })
+        .collect();
+    let with_tiles = processor() == Processor::Amx;
+    let sum_pairs = padded_pairs(rows);
+    for_each_block(rows.div_ceil(UNIT_ROWS), 1, rows * width, |units| {
+        for unit in units {
+            let first_row = unit * UNIT_ROWS;
+            let count = UNIT_ROWS.min(rows - first_row);
+            let pack = |values: &[f32], stride: usize| {
+                for target in &targets {
+                    let values = &values[target.first.min(values.len())..];
+                    let lines = Source {
+                        values,
+                        line_stride: stride,
+                        k_stride: 1,
+                        lines: count,
+                        k: target.columns,
+                    };
+                    let across = Source {
+                        values,
+                        line_stride: 1,
+                        k_stride: stride,
+                        lines: target.columns,
+                        k: count,
+                    };
+                    lines.check();
+                    across.check();
+                    if let Some(left) = target.left {
+                        let pairs = padded_pairs(target.columns);
+                        for first in (0..count).step_by(GROUP) {
+                            // SAFETY: the features and the source were checked; `left` has room for 16 rows from each
+                            // multiple of 16 on, and these are this block's own.
+                            unsafe {
+                                let to = left.at((first_row + first) * pairs).cast();
+                                match with_tiles {
+                                    true => pack_along_k::<TILE_ROWS>(lines, first, to),
+                                    false => pack_along_k::<ROWS>(lines, first, to),
+                                }
+                            }
+                        }
+                    }
+                    if let Some(right) = target.right {
+                        for column in (0..target.columns).step_by(COLUMNS) {
+                            let at = column * sum_pairs + first_row / 2 * COLUMNS;
+                            // SAFETY: as above; `right` has whole panels of `sum_pairs` pairs, of which these 16 are this
+                            // block's own.
+                            unsafe {
+                                pack_across_k::<COLUMNS>(across, column, right.at(at).cast());
+                            }
+                        }
+                    }
+                }
+            };
+            match source {
+                Rows::InMemory { values, stride } => pack(&values[first_row * stride..], *stride),
+                Rows::Made { width, make } => with_scratch(count * width, |made| {
+                    make(first_row..first_row + count, made);
+                    pack(made, *width);
+                }),
+            }
+        }
+    });
 }
 
 /// A mask of the first `count` of 16 lanes.

@@ -51,6 +51,18 @@ pub fn zeros(len: usize) -> Vec<f32> {
     values
 }
 
+/// A vector of `len` floats that `write` fills, its pages first touched by whoever writes them.
+///
+/// # Safety
+/// `write` writes each of the `len` floats, and reads none that it has not written.
+pub(crate) unsafe fn written(len: usize, write: impl FnOnce(SharedOut)) -> Vec<f32> {
+    let mut values = Vec::with_capacity(len);
+    write(SharedOut(values.as_mut_ptr()));
+    // SAFETY: the capacity is there, and the caller promises that the elements are.
+    unsafe { values.set_len(len) };
+    values
+}
+
 /// A pointer into an output that several tasks write at disjoint places.
 #[derive(Clone, Copy)]
 pub(crate) struct SharedOut(*mut f32);

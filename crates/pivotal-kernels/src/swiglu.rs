@@ -73,14 +73,19 @@ pub fn swiglu_joined_forward(joined: &[f32], width: usize, out: &mut [f32]) {
     let target = SharedOut::new(out);
     for_each_block(rows, rows_per_block(width), COST * joined.len(), |block| {
         for row in block {
-            let (gate, up) = joined[2 * row * width..][..2 * width].split_at(width);
             // SAFETY: row `row` of `out` is this block's own.
             let out = unsafe { target.slice(row * width, width) };
-            for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-                *out = gate * sigmoid(gate) * up;
-            }
+            gate_row(&joined[2 * row * width..][..2 * width], out);
         }
     });
+}
+
+/// One row of the output of [`swiglu_joined_forward`].
+pub(crate) fn gate_row(joined: &[f32], out: &mut [f32]) {
+    let (gate, up) = joined.split_at(out.len());
+    for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
+        *out = gate * sigmoid(gate) * up;
+    }
 }
 
 /// The gradient of [`swiglu_joined_forward`], `[rows, 2 * width]`, overwritten.
@@ -92,13 +97,28 @@ pub fn swiglu_joined_backward(joined: &[f32], width: usize, dout: &[f32], djoine
     check_len("djoined", djoined, 2 * dout.len());
     let rows = dout.len() / width.max(1);
     check_len("dout", dout, rows * width);
-    let target = SharedOut::new(djoined);
+    // SAFETY: the gradient has as many elements as `joined`, by the checks above.
+    unsafe { joined_gradient(joined, width, dout, SharedOut::new(djoined)) };
+}
+
+/// [`swiglu_joined_backward`], every element of it, into memory that need not be initialised.
+///
+/// # Safety
+/// `dout` is `[rows, width]` and `joined` twice as wide; `djoined` has as many floats as `joined`, which nobody else touches
+/// meanwhile.
+pub(crate) unsafe fn joined_gradient(
+    joined: &[f32],
+    width: usize,
+    dout: &[f32],
+    djoined: SharedOut,
+) {
+    let rows = dout.len() / width.max(1);
     for_each_block(rows, rows_per_block(width), COST * joined.len(), |block| {
         for row in block {
             let (gate, up) = joined[2 * row * width..][..2 * width].split_at(width);
             let dout = &dout[row * width..][..width];
             // SAFETY: row `row` of the gradient is this block's own.
-            let slopes = unsafe { target.slice(2 * row * width, 2 * width) };
+            let slopes = unsafe { djoined.slice(2 * row * width, 2 * width) };
             let (dgate, dup) = slopes.split_at_mut(width);
             for index in 0..width {
                 let open = sigmoid(gate[index]);

@@ -1,10 +1,16 @@
 //! The products of [`super`] with bf16 operands.
 
-use super::{FrozenGradients, FrozenLinear, FrozenPanels, Group, LowRankUpdate, Place, scale};
-use crate::group::{Job, Segment, multiply_jobs};
-use crate::matmul::{Precision, ProductShape, Store, matmul_tn};
-use crate::panels::{COLUMNS, Source, left_words, pack, pack_left, packed_words};
-use crate::parallel::{AlignedFloats, with_scratch};
+use super::{
+    FrozenGradients, FrozenGroup, FrozenLinear, FrozenPanels, FrozenSaved, FrozenWanted, Group,
+    LowRankUpdate, Place, Prologue, scale,
+};
+use crate::account::time;
+use crate::group::{Job, Segment, multiply_jobs, multiply_jobs_at};
+use crate::matmul::Store;
+use crate::panels::{
+    COLUMNS, Part, Rows, Source, left_words, pack, pack_left, pack_rows, packed_words,
+};
+use crate::parallel::{AlignedFloats, with_scratch, written};
 
 impl FrozenPanels {
     /// The weight's rows as columns of the right operand: `x Wᵀ`.
@@ -82,50 +88,80 @@ fn rows_of(values: &[f32], rows: usize, stride: usize, first: usize, k: usize) -
     }
 }
 
+/// Packs the products' input, made by the prologue where it does something.
+fn pack_input(
+    group: &FrozenGroup<'_>,
+    saved: FrozenSaved<'_>,
+    rows: usize,
+    left: Option<&mut [f32]>,
+    right: Option<&mut [f32]>,
+) {
+    let inputs = group.inputs;
+    let part = Part {
+        first: 0,
+        columns: inputs,
+        left,
+        right,
+    };
+    let make = |rows: std::ops::Range<usize>, out: &mut [f32]| {
+        group.prologue.make(saved.x, saved.rstd, rows, out);
+    };
+    let source = match group.prologue {
+        Prologue::Plain => Rows::InMemory {
+            values: saved.x,
+            stride: inputs,
+        },
+        _ => Rows::Made {
+            width: inputs,
+            make: &make,
+        },
+    };
+    time(group.prologue.part(), || pack_rows(rows, &source, &mut [part]));
+}
+
+/// The outputs before their biases, and `h`.
 pub(super) fn forward(
+    frozen: &FrozenGroup<'_>,
     group: &Group<'_>,
     x: &[f32],
-    update: Option<LowRankUpdate<'_>>,
-    out: &mut [f32],
-    h: &mut [f32],
-) {
+    rstd: &[f32],
+) -> (Vec<f32>, Vec<f32>) {
     let &Group {
         layers,
         rows,
         inputs,
-        outputs,
         ranks,
+        ..
     } = group;
     let places = group.places();
-    with_lefts(&[rows_of(x, rows, inputs, 0, inputs)], |left| {
-        let Some(update) = update else {
+    with_scratch(left_words(rows, inputs), |left| {
+        let saved = FrozenSaved { x, h: &[], rstd };
+        pack_input(frozen, saved, rows, Some(left), None);
+        let left = &*left;
+        let Some(update) = frozen.update else {
             let segments: Vec<_> = layers
                 .iter()
-                .map(|layer| [whole(left[0], layer, inputs)])
+                .map(|layer| [whole(left, layer, inputs)])
                 .collect();
-            let jobs = jobs(
-                layers,
-                &places,
-                segments.iter().map(|segments| &segments[..]),
-            );
-            return multiply_jobs(&jobs, rows, out, outputs, Store::Replace);
+            let segments = segments.iter().map(|segments| &segments[..]);
+            return (product(&jobs(layers, &places, segments), group), Vec::new());
         };
-        with_rights(&[rows_of(update.a, ranks, inputs, 0, inputs)], |a| {
-            let segments = [Segment::whole(left[0], a[0], inputs)];
+        let mut h = with_rights(&[rows_of(update.a, ranks, inputs, 0, inputs)], |a| {
+            let segments = [Segment::whole(left, a[0], inputs)];
             let job = Job {
                 segments: &segments,
                 columns: ranks,
                 out_column: 0,
             };
-            multiply_jobs(&[job], rows, h, ranks, Store::Replace);
+            fresh_product(&[job], rows, ranks)
         });
-        scale(h, update.scale);
+        scale(&mut h, update.scale);
         let rank = update.rank;
         let mut lefts = Vec::new();
         let mut rights = Vec::new();
         for (layer, place) in layers.iter().zip(&places) {
             if let Some(at) = &place.update {
-                lefts.push(rows_of(h, rows, ranks, at.rank, rank));
+                lefts.push(rows_of(&h, rows, ranks, at.rank, rank));
                 rights.push(rows_of(
                     update.b,
                     layer.outputs,
@@ -135,7 +171,7 @@ pub(super) fn forward(
                 ));
             }
         }
-        with_lefts(&lefts, |lefts| {
+        let y = with_lefts(&lefts, |lefts| {
             with_rights(&rights, |rights| {
                 let mut updates = lefts.iter().zip(rights);
                 let segments: Vec<Vec<_>> = layers
@@ -144,20 +180,34 @@ pub(super) fn forward(
                     .map(|(layer, place)| {
                         let update = place.update.as_ref().and_then(|_| updates.next());
                         let update = update.map(|(h, b)| Segment::whole(h, b, rank));
-                        std::iter::once(whole(left[0], layer, inputs))
+                        std::iter::once(whole(left, layer, inputs))
                             .chain(update)
                             .collect()
                     })
                     .collect();
-                let jobs = jobs(
-                    layers,
-                    &places,
-                    segments.iter().map(|segments| &segments[..]),
-                );
-                multiply_jobs(&jobs, rows, out, outputs, Store::Replace);
-            });
+                let segments = segments.iter().map(|segments| &segments[..]);
+                product(&jobs(layers, &places, segments), group)
+            })
         });
-    });
+        (y, h)
+    })
+}
+
+/// The outputs of all layers.
+fn product(jobs: &[Job<'_>], group: &Group<'_>) -> Vec<f32> {
+    fresh_product(jobs, group.rows, group.outputs)
+}
+
+/// The product of jobs whose columns are all of a row's `columns`.
+fn fresh_product(jobs: &[Job<'_>], rows: usize, columns: usize) -> Vec<f32> {
+    let covered: usize = jobs.iter().map(|job| job.columns).sum();
+    assert_eq!(covered, columns, "the jobs are not whole rows");
+    // SAFETY: the jobs' columns do not overlap and are as many as a row has, so every element is written.
+    unsafe {
+        written(rows * columns, |out| {
+            multiply_jobs_at(jobs, rows, out, columns, Store::Replace);
+        })
+    }
 }
 
 /// `x Wᵀ` of one layer, `left` being the packed input.
@@ -184,79 +234,151 @@ fn jobs<'a>(
 }
 
 pub(super) fn backward(
+    frozen: &FrozenGroup<'_>,
     group: &Group<'_>,
-    x: &[f32],
-    update: Option<LowRankUpdate<'_>>,
-    h: &[f32],
+    saved: FrozenSaved<'_>,
     dout: &[f32],
-    dh: &mut [f32],
-    gradients: FrozenGradients<'_>,
-) {
+    wanted: FrozenWanted,
+) -> FrozenGradients {
+    let &Group {
+        layers,
+        rows,
+        outputs,
+        ranks,
+        ..
+    } = group;
+    let places = group.places();
+    let left = |layer: &FrozenLinear<'_>| left_words(rows, layer.outputs);
+    let right = |layer: &FrozenLinear<'_>, place: &Place| match place.update {
+        Some(_) if wanted.b => packed_words::<COLUMNS>(layer.outputs, rows),
+        _ => 0,
+    };
+    let both = layers.iter().zip(&places);
+    let words = both.clone().map(|(layer, place)| left(layer) + right(layer, place));
+    with_scratch(words.sum(), |mut rest| {
+        let mut parts = Vec::with_capacity(layers.len());
+        for (layer, place) in both {
+            let (lefts, after) = rest.split_at_mut(left(layer));
+            let (rights, after) = after.split_at_mut(right(layer, place));
+            rest = after;
+            parts.push(Part {
+                first: place.first,
+                columns: layer.outputs,
+                left: Some(lefts),
+                right: (!rights.is_empty()).then_some(rights),
+            });
+        }
+        let source = Rows::InMemory {
+            values: dout,
+            stride: outputs,
+        };
+        pack_rows(rows, &source, &mut parts);
+        let lefts: Vec<&[f32]> = parts.iter().filter_map(|part| part.left.as_deref()).collect();
+        let rights: Vec<&[f32]> = parts.iter().map(|part| part.right.as_deref().unwrap_or_default()).collect();
+        let Some(update) = frozen.update else {
+            let x = wanted.x.then(|| input_gradient(frozen, group, saved, &lefts, None));
+            return FrozenGradients { x, a: None, b: None };
+        };
+        with_scratch(rows * ranks, |dh| {
+            if wanted.x || wanted.a {
+                hidden_gradient(group, &places, &lefts, update, dh);
+            }
+            FrozenGradients {
+                x: wanted.x.then(|| input_gradient(frozen, group, saved, &lefts, Some((update, &*dh)))),
+                a: wanted.a.then(|| down_gradient(frozen, group, saved, dh)),
+                b: wanted.b.then(|| up_gradient(group, &places, update, saved.h, &rights)),
+            }
+        })
+    })
+}
+
+/// `dx = Σ_i dy_i W_i + dh_i A_i`, and then what the prologue makes of it; `update` comes with `dh`.
+fn input_gradient(
+    frozen: &FrozenGroup<'_>,
+    group: &Group<'_>,
+    saved: FrozenSaved<'_>,
+    lefts: &[&[f32]],
+    update: Option<(LowRankUpdate<'_>, &[f32])>,
+) -> Vec<f32> {
     let &Group {
         layers,
         rows,
         inputs,
-        outputs,
         ranks,
+        ..
     } = group;
-    let places = group.places();
-    let sources: Vec<_> = layers
+    let segments: Vec<_> = layers
         .iter()
-        .zip(&places)
-        .map(|(layer, place)| rows_of(dout, rows, outputs, place.first, layer.outputs))
+        .zip(lefts)
+        .map(|(layer, left)| {
+            Segment::whole(left, layer.panels.backward(layer, inputs), layer.outputs)
+        })
         .collect();
-    with_lefts(&sources, |lefts| {
-        if let Some(update) = update {
-            hidden_gradient(group, &places, lefts, update, dh);
+    let multiply = |segments: &[Segment<'_>]| {
+        let job = Job {
+            segments,
+            columns: inputs,
+            out_column: 0,
+        };
+        if let Prologue::Plain = frozen.prologue {
+            return fresh_product(&[job], rows, inputs);
         }
-        let Some(dx) = gradients.x else { return };
-        let segments: Vec<_> = layers
-            .iter()
-            .zip(lefts)
-            .map(|(layer, left)| {
-                Segment::whole(left, layer.panels.backward(layer, inputs), layer.outputs)
-            })
-            .collect();
-        let Some(update) = update else {
+        with_scratch(rows * inputs, |dinput| {
+            multiply_jobs(&[job], rows, dinput, inputs, Store::Replace);
+            frozen.prologue.gradient(saved, inputs, dinput)
+        })
+    };
+    let Some((update, dh)) = update else {
+        return multiply(&segments);
+    };
+    let a = Source {
+        values: update.a,
+        line_stride: 1,
+        k_stride: inputs,
+        lines: inputs,
+        k: ranks,
+    };
+    with_lefts(&[rows_of(dh, rows, ranks, 0, ranks)], |left| {
+        with_rights(&[a], |a| {
+            let last = Segment::whole(left[0], a[0], ranks);
+            let segments: Vec<_> = segments.iter().copied().chain([last]).collect();
+            multiply(&segments)
+        })
+    })
+}
+
+/// `dA = dhᵀ x`, of all layers.
+fn down_gradient(
+    frozen: &FrozenGroup<'_>,
+    group: &Group<'_>,
+    saved: FrozenSaved<'_>,
+    dh: &[f32],
+) -> Vec<f32> {
+    let &Group {
+        rows,
+        inputs,
+        ranks,
+        ..
+    } = group;
+    with_scratch(packed_words::<COLUMNS>(inputs, rows), |right| {
+        pack_input(frozen, saved, rows, None, Some(right));
+        let left = Source {
+            values: dh,
+            line_stride: 1,
+            k_stride: ranks,
+            lines: ranks,
+            k: rows,
+        };
+        with_lefts(&[left], |left| {
+            let segments = [Segment::whole(left[0], right, rows)];
             let job = Job {
                 segments: &segments,
                 columns: inputs,
                 out_column: 0,
             };
-            return multiply_jobs(&[job], rows, dx, inputs, Store::Replace);
-        };
-        let a = Source {
-            values: update.a,
-            line_stride: 1,
-            k_stride: inputs,
-            lines: inputs,
-            k: ranks,
-        };
-        with_lefts(&[rows_of(dh, rows, ranks, 0, ranks)], |left| {
-            with_rights(&[a], |a| {
-                let last = Segment::whole(left[0], a[0], ranks);
-                let segments: Vec<_> = segments.iter().copied().chain([last]).collect();
-                let job = Job {
-                    segments: &segments,
-                    columns: inputs,
-                    out_column: 0,
-                };
-                multiply_jobs(&[job], rows, dx, inputs, Store::Replace);
-            });
-        });
-    });
-    let Some(update) = update else { return };
-    if let Some(da) = gradients.a {
-        let shape = ProductShape {
-            m: ranks,
-            n: inputs,
-            k: rows,
-        };
-        matmul_tn(dh, x, da, shape, Store::Replace, Precision::Bf16);
-    }
-    if let Some(db) = gradients.b {
-        low_rank_gradient(group, &places, update, h, dout, db);
-    }
+            fresh_product(&[job], ranks, inputs)
+        })
+    })
 }
 
 /// `dh_i = s·dy_i B_i`, side by side.
@@ -302,25 +424,24 @@ fn hidden_gradient(
     scale(dh, update.scale);
 }
 
-/// `dB_i = dy_iᵀ h_i`. The few columns of `h` stand on the left, where a panel is 8 wide and not 48, so it is `dB_iᵀ` that comes
-/// out.
-fn low_rank_gradient(
+/// `dB_i = dy_iᵀ h_i`, of all layers; `rights` are the packed `dy_i`. The few columns of `h` stand on the left, where a panel is
+/// narrower than on the right, so it is `dB_iᵀ` that comes out.
+fn up_gradient(
     group: &Group<'_>,
     places: &[Place],
     update: LowRankUpdate<'_>,
     h: &[f32],
-    dout: &[f32],
-    db: &mut [f32],
-) {
+    rights: &[&[f32]],
+) -> Vec<f32> {
     let &Group {
         layers,
         rows,
-        outputs,
         ranks,
         ..
     } = group;
     let rank = update.rank;
-    for (layer, place) in layers.iter().zip(places) {
+    let mut db = vec![0.0; update.b.len()];
+    for ((layer, place), right) in layers.iter().zip(places).zip(rights) {
         let Some(at) = &place.update else { continue };
         let left = Source {
             values: &h[at.rank.min(h.len())..],
@@ -329,31 +450,23 @@ fn low_rank_gradient(
             lines: rank,
             k: rows,
         };
-        let right = Source {
-            values: &dout[place.first.min(dout.len())..],
-            line_stride: 1,
-            k_stride: outputs,
-            lines: layer.outputs,
-            k: rows,
-        };
         with_lefts(&[left], |left| {
-            with_rights(&[right], |right| {
-                let segments = [Segment::whole(left[0], right[0], rows)];
-                let job = Job {
-                    segments: &segments,
-                    columns: layer.outputs,
-                    out_column: 0,
-                };
-                with_scratch(rank * layer.outputs, |transposed| {
-                    multiply_jobs(&[job], rank, transposed, layer.outputs, Store::Replace);
-                    let db = &mut db[at.output * rank..][..layer.outputs * rank];
-                    for (output, row) in db.chunks_exact_mut(rank).enumerate() {
-                        for (slot, value) in row.iter_mut().enumerate() {
-                            *value = transposed[slot * layer.outputs + output];
-                        }
+            let segments = [Segment::whole(left[0], right, rows)];
+            let job = Job {
+                segments: &segments,
+                columns: layer.outputs,
+                out_column: 0,
+            };
+            with_scratch(rank * layer.outputs, |transposed| {
+                multiply_jobs(&[job], rank, transposed, layer.outputs, Store::Replace);
+                let db = &mut db[at.output * rank..][..layer.outputs * rank];
+                for (output, row) in db.chunks_exact_mut(rank).enumerate() {
+                    for (slot, value) in row.iter_mut().enumerate() {
+                        *value = transposed[slot * layer.outputs + output];
                     }
-                });
+                }
             });
         });
     }
+    db
 }

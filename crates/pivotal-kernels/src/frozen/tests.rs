@@ -8,6 +8,11 @@ const F32_TOLERANCE: f64 = 5e-5;
 // bf16 operands, and for the update a bf16 intermediate.
 const BF16_TOLERANCE: f64 = 1.0 / 64.0;
 const SCALE: f32 = 0.5;
+const ALL: FrozenWanted = FrozenWanted {
+    x: true,
+    a: true,
+    b: true,
+};
 
 struct Case {
     rows: usize,
@@ -88,34 +93,27 @@ impl Case {
             rank: self.rank,
             scale: SCALE,
         });
-        let ranks = update.map_or(0, |_| self.ranks());
-        let (rows, inputs) = (self.rows, self.inputs);
-        let mut h = vec![f32::NAN; rows * ranks];
-        let mut results = Results {
-            out: vec![f32::NAN; rows * self.total()],
-            dx: vec![f32::NAN; rows * inputs],
-            da: vec![f32::NAN; ranks * inputs],
-            db: vec![f32::NAN; update.map_or(0, |update| update.b.len())],
-        };
-        frozen_linears_forward(
-            &data.x,
-            rows,
-            inputs,
-            &layers,
+        let group = FrozenGroup {
+            prologue: Prologue::Plain,
+            inputs: self.inputs,
+            layers: &layers,
             update,
-            &mut results.out,
-            &mut h,
             precision,
-        );
-        let gradients = FrozenGradients {
-            x: Some(&mut results.dx),
-            a: Some(&mut results.da),
-            b: Some(&mut results.db),
         };
-        frozen_linears_backward(
-            &data.x, rows, inputs, &layers, update, &h, &data.dout, gradients, precision,
-        );
-        results
+        let FrozenOutputs { y, h, rstd } = group.forward(&data.x, self.rows);
+        assert!(rstd.is_empty());
+        let saved = FrozenSaved {
+            x: &data.x,
+            h: &h,
+            rstd: &rstd,
+        };
+        let gradients = group.backward(saved, &data.dout, self.rows, ALL);
+        Results {
+            out: y,
+            dx: gradients.x.unwrap(),
+            da: gradients.a.unwrap_or_default(),
+            db: gradients.b.unwrap_or_default(),
+        }
     }
 
     /// The formulas at the head of the file, layer by layer, in f64.
@@ -307,36 +305,127 @@ fn what_is_not_asked_for_leaves_the_rest_alone() {
                 rank: case.rank,
                 scale: SCALE,
             };
-            let mut out = vec![0.0; all.out.len()];
-            let mut h = vec![0.0; case.rows * case.ranks()];
-            frozen_linears_forward(
-                &data.x,
-                case.rows,
-                case.inputs,
-                &layers,
-                Some(update),
-                &mut out,
-                &mut h,
+            let group = FrozenGroup {
+                prologue: Prologue::Plain,
+                inputs: case.inputs,
+                layers: &layers,
+                update: Some(update),
                 precision,
-            );
-            let mut dx = vec![f32::NAN; all.dx.len()];
-            let only = FrozenGradients {
-                x: Some(&mut dx),
-                a: None,
-                b: None,
             };
-            frozen_linears_backward(
-                &[],
-                case.rows,
-                case.inputs,
-                &layers,
-                Some(update),
-                &h,
-                &data.dout,
-                only,
-                precision,
-            );
+            let FrozenOutputs { h, .. } = group.forward(&data.x, case.rows);
+            let saved = FrozenSaved {
+                x: &[],
+                h: &h,
+                rstd: &[],
+            };
+            let only = FrozenWanted {
+                x: true,
+                a: false,
+                b: false,
+            };
+            let gradients = group.backward(saved, &data.dout, case.rows, only);
+            assert!(gradients.a.is_none() && gradients.b.is_none());
+            let dx = gradients.x.unwrap();
             assert_eq!(dx, all.dx);
+        }
+    });
+}
+
+/// The group over what a norm or a gate makes of the input, step by step through the public kernels.
+fn by_steps(
+    group: &FrozenGroup<'_>,
+    x: &[f32],
+    dout: &[f32],
+    rows: usize,
+) -> (Vec<f32>, FrozenGradients) {
+    let inputs = group.inputs;
+    let mut made = vec![f32::NAN; rows * inputs];
+    let mut rstd = vec![f32::NAN; rows];
+    match group.prologue {
+        Prologue::Plain => made.copy_from_slice(x),
+        Prologue::Normed { weight, eps } => {
+            crate::rms_norm_forward(x, weight, eps, &mut made, &mut rstd);
+        }
+        Prologue::Gated => crate::swiglu_joined_forward(x, inputs, &mut made),
+    }
+    let plain = FrozenGroup {
+        prologue: Prologue::Plain,
+        ..*group
+    };
+    let FrozenOutputs { y, h, .. } = plain.forward(&made, rows);
+    let saved = FrozenSaved {
+        x: &made,
+        h: &h,
+        rstd: &[],
+    };
+    let mut gradients = plain.backward(saved, dout, rows, ALL);
+    let dmade = gradients.x.take().unwrap();
+    let mut dx = vec![f32::NAN; x.len()];
+    match group.prologue {
+        Prologue::Plain => dx.copy_from_slice(&dmade),
+        Prologue::Normed { weight, .. } => {
+            let gradients = crate::RmsNormGradients {
+                x: &mut dx,
+                weight: None,
+            };
+            crate::rms_norm_backward(x, weight, &rstd, &dmade, gradients);
+        }
+        Prologue::Gated => crate::swiglu_joined_backward(x, inputs, &dmade, &mut dx),
+    }
+    gradients.x = Some(dx);
+    (y, gradients)
+}
+
+#[test]
+fn a_prologue_is_its_kernel_before_the_products_bit_for_bit() {
+    on_each(|| {
+        for case in cases() {
+            let data = case.data();
+            let gain = random(case.inputs, 30);
+            let normed = Prologue::Normed {
+                weight: &gain,
+                eps: 1e-5,
+            };
+            for prologue in [Prologue::Plain, normed, Prologue::Gated] {
+                let x = random(case.rows * prologue.width(case.inputs), 31);
+                for (precision, update) in [
+                    (Precision::F32, true),
+                    (Precision::Bf16, true),
+                    (Precision::Bf16, false),
+                ] {
+                    let layers: Vec<_> = (0..case.outputs.len())
+                        .map(|i| FrozenLinear {
+                            weight: &data.weights[i],
+                            bias: case.bias.then_some(&data.biases[i]),
+                            panels: &data.panels[i],
+                            outputs: case.outputs[i],
+                            adapted: case.adapted[i],
+                        })
+                        .collect();
+                    let group = FrozenGroup {
+                        prologue,
+                        inputs: case.inputs,
+                        layers: &layers,
+                        update: update.then_some(LowRankUpdate {
+                            a: &data.a,
+                            b: &data.b,
+                            rank: case.rank,
+                            scale: SCALE,
+                        }),
+                        precision,
+                    };
+                    let (y, expected) = by_steps(&group, &x, &data.dout, case.rows);
+                    let outputs = group.forward(&x, case.rows);
+                    let saved = FrozenSaved {
+                        x: &x,
+                        h: &outputs.h,
+                        rstd: &outputs.rstd,
+                    };
+                    let got = group.backward(saved, &data.dout, case.rows, ALL);
+                    assert_eq!(outputs.y, y);
+                    assert_eq!((got.x, got.a, got.b), (expected.x, expected.a, expected.b));
+                }
+            }
         }
     });
 }

@@ -2,19 +2,17 @@
 //!
 //! What a norm or a gate makes of the input is not kept for the backward pass but made again.
 
-use std::borrow::Cow;
 use std::sync::Arc;
 
+use burn::backend::Flex;
+use burn::backend::TensorMetadata;
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
-use burn::backend::{Flex, TensorMetadata};
 use pivotal_kernels::account::{Part, time};
 use pivotal_kernels::{
-    FrozenGradients, LowRankUpdate, RmsNormGradients, frozen_linears_backward,
-    frozen_linears_forward, rms_norm_backward, rms_norm_forward, swiglu_joined_backward,
-    swiglu_joined_forward, zeros,
+    self as kernels, FrozenGroup, FrozenOutputs, FrozenSaved, FrozenWanted, LowRankUpdate,
 };
 
 use super::{TrackedTensor, contiguous, dims, floats, from_values};
@@ -38,35 +36,33 @@ struct State {
     job: Arc<FrozenJob>,
 }
 
-/// The first products' input, and the norm's reciprocal root mean square.
-fn prepared<'a>(x: &'a FlexTensor, job: &FrozenJob) -> (Cow<'a, [f32]>, Vec<f32>) {
-    let (rows, inputs) = (dims(x)[0], job.weights.inputs);
-    match &job.weights.input {
-        Prologue::Plain => (Cow::Borrowed(floats(x)), Vec::new()),
-        Prologue::Normed { weight, eps } => time(Part::Norm, || {
-            let mut out = zeros(rows * inputs);
-            let mut rstd = zeros(rows);
-            rms_norm_forward(floats(x), floats(weight), *eps, &mut out, &mut rstd);
-            (Cow::Owned(out), rstd)
-        }),
-        Prologue::Gated => time(Part::Swiglu, || {
-            let mut out = zeros(rows * inputs);
-            swiglu_joined_forward(floats(x), inputs, &mut out);
-            (Cow::Owned(out), Vec::new())
-        }),
-    }
-}
-
-fn low_rank<'a>(
-    update: Option<&'a (FlexTensor, FlexTensor)>,
+/// `body` on the group as the kernels take it.
+fn with_group<T>(
+    update: Option<&(FlexTensor, FlexTensor)>,
     job: &FrozenJob,
-) -> Option<LowRankUpdate<'a>> {
-    update.map(|(a, b)| LowRankUpdate {
-        a: floats(a),
-        b: floats(b),
-        rank: job.rank,
-        scale: job.scale,
-    })
+    body: impl FnOnce(FrozenGroup<'_>) -> T,
+) -> T {
+    let layers = job.layers();
+    let group = FrozenGroup {
+        prologue: match &job.weights.input {
+            Prologue::Plain => kernels::Prologue::Plain,
+            Prologue::Gated => kernels::Prologue::Gated,
+            Prologue::Normed { weight, eps } => kernels::Prologue::Normed {
+                weight: floats(weight),
+                eps: *eps,
+            },
+        },
+        inputs: job.weights.inputs,
+        layers: &layers,
+        update: update.map(|(a, b)| LowRankUpdate {
+            a: floats(a),
+            b: floats(b),
+            rank: job.rank,
+            scale: job.scale,
+        }),
+        precision: job.precision,
+    };
+    time(Part::Linear, || body(group))
 }
 
 pub(crate) fn forward(
@@ -84,22 +80,8 @@ fn compute(
     job: &FrozenJob,
 ) -> (FlexTensor, Vec<f32>, Vec<f32>) {
     let (rows, outputs) = (dims(x)[0], job.weights.outputs());
-    let (input, rstd) = prepared(x, job);
-    let adapted = job.adapted.iter().filter(|&&adapted| adapted).count();
-    let mut y = zeros(rows * outputs);
-    let mut h = zeros(rows * adapted * job.rank);
-    time(Part::Linear, || {
-        frozen_linears_forward(
-            &input,
-            rows,
-            job.weights.inputs,
-            &job.layers(),
-            low_rank(update, job),
-            &mut y,
-            &mut h,
-            job.precision,
-        );
-    });
+    let FrozenOutputs { y, h, rstd } =
+        with_group(update, job, |group| group.forward(floats(x), rows));
     (from_values(y, [rows, outputs]), rstd, h)
 }
 
@@ -156,69 +138,25 @@ pub(crate) fn tracked_lora<C: CheckpointStrategy>(
 }
 
 /// The wanted gradients of `x`, `a` and `b`.
-fn gradients(state: &State, dy: &FlexTensor, wanted: [bool; 3]) -> [Option<FlexTensor>; 3] {
-    let job = &state.job;
-    let (rows, inputs) = (dims(dy)[0], job.weights.inputs);
-    let input = if wanted[1] {
-        prepared(&state.x, job).0
-    } else {
-        Cow::Borrowed(&[][..])
+fn gradients(state: &State, dy: &FlexTensor, [x, a, b]: [bool; 3]) -> [Option<FlexTensor>; 3] {
+    let rows = dims(dy)[0];
+    let saved = FrozenSaved {
+        x: floats(&state.x),
+        h: &state.h,
+        rstd: &state.rstd,
     };
-    let like = |tensor: &FlexTensor| zeros(tensor.shape().num_elements());
-    let mut dinput = wanted[0].then(|| zeros(rows * inputs));
     let update = state.update.as_ref();
-    let mut da = update.filter(|_| wanted[1]).map(|(a, _)| like(a));
-    let mut db = update.filter(|_| wanted[2]).map(|(_, b)| like(b));
-    time(Part::Linear, || {
-        frozen_linears_backward(
-            &input,
-            rows,
-            inputs,
-            &job.layers(),
-            low_rank(update, job),
-            &state.h,
-            floats(dy),
-            FrozenGradients {
-                x: dinput.as_deref_mut(),
-                a: da.as_deref_mut(),
-                b: db.as_deref_mut(),
-            },
-            job.precision,
-        );
+    let gradients = with_group(update, &state.job, |group| {
+        group.backward(saved, floats(dy), rows, FrozenWanted { x, a, b })
     });
-    drop(input);
-    let shaped = |values: Option<Vec<f32>>, of: Option<&FlexTensor>| {
-        values
-            .zip(of)
-            .map(|(values, of)| from_values(values, of.shape()))
+    let shaped = |values: Option<Vec<f32>>, like: Option<&FlexTensor>| {
+        Some(from_values(values?, like?.shape()))
     };
     [
-        dinput.map(|dinput| input_gradient(state, dinput)),
-        shaped(da, update.map(|(a, _)| a)),
-        shaped(db, update.map(|(_, b)| b)),
+        shaped(gradients.x, Some(&state.x)),
+        shaped(gradients.a, update.map(|(a, _)| a)),
+        shaped(gradients.b, update.map(|(_, b)| b)),
     ]
-}
-
-/// Back through the norm or the gate.
-fn input_gradient(state: &State, dinput: Vec<f32>) -> FlexTensor {
-    let (x, job) = (&state.x, &state.job);
-    match &job.weights.input {
-        Prologue::Plain => from_values(dinput, x.shape()),
-        Prologue::Normed { weight, .. } => time(Part::Norm, || {
-            let mut dx = zeros(dinput.len());
-            let gradients = RmsNormGradients {
-                x: &mut dx,
-                weight: None,
-            };
-            rms_norm_backward(floats(x), floats(weight), &state.rstd, &dinput, gradients);
-            from_values(dx, x.shape())
-        }),
-        Prologue::Gated => time(Part::Swiglu, || {
-            let mut dx = zeros(2 * dinput.len());
-            swiglu_joined_backward(floats(x), job.weights.inputs, &dinput, &mut dx);
-            from_values(dx, x.shape())
-        }),
-    }
 }
 
 impl Backward<Flex, 1> for FrozenBackward {
