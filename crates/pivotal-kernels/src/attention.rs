@@ -12,7 +12,7 @@ use gemm::Parallelism;
 
 use crate::lanes::{exp_shifted, maximum, sum};
 use crate::matmul::{ProductShape, Store, f32_product};
-use crate::parallel::{SharedOut, check_len, for_each_block, with_scratch};
+use crate::parallel::{SharedOut, check_len, for_each_block, with_scratch, written};
 use crate::plan::{AttentionPlan, AttentionShape, Block};
 
 /// Queries, keys and values of a batch, rotated already.
@@ -68,13 +68,47 @@ pub fn attention_forward(
     input.check(plan);
     check_len("out", out, plan.tokens() * shape.query_width());
     check_len("lse", lse, plan.tokens() * shape.heads);
+    // SAFETY: both have the lengths checked.
+    unsafe { attend(plan, input, SharedOut::new(out), SharedOut::new(lse)) };
+}
+
+/// [`attention_forward`] into new memory: the output and the log-sum-exps.
+///
+/// # Panics
+/// If a slice's length does not fit the plan.
+#[must_use]
+pub fn attention(plan: &AttentionPlan, input: AttentionInput<'_>) -> (Vec<f32>, Vec<f32>) {
+    let shape = plan.shape();
+    input.check(plan);
+    let mut lse = Vec::new();
+    // SAFETY: tokens are in a span or in a gap, and `attend` writes the rows of both.
+    let out = unsafe {
+        written(plan.tokens() * shape.query_width(), |out| {
+            lse = written(plan.tokens() * shape.heads, |lse| {
+                attend(plan, input, out, lse)
+            });
+        })
+    };
+    (out, lse)
+}
+
+/// Every element of both outputs.
+///
+/// # Safety
+/// They are as long as [`attention_forward`] says, initialised or not, and nobody else touches them meanwhile.
+unsafe fn attend(plan: &AttentionPlan, input: AttentionInput<'_>, out: SharedOut, lse: SharedOut) {
+    let shape = plan.shape();
     for gap in &plan.gaps {
-        out[gap.start * shape.query_width()..gap.end * shape.query_width()].fill(0.0);
-        lse[gap.start * shape.heads..gap.end * shape.heads].fill(f32::NEG_INFINITY);
+        // SAFETY: a gap lies inside the batch.
+        unsafe {
+            let (width, heads) = (shape.query_width(), shape.heads);
+            out.slice(gap.start * width, gap.len() * width).fill(0.0);
+            lse.slice(gap.start * heads, gap.len() * heads)
+                .fill(f32::NEG_INFINITY);
+        }
     }
     #[cfg(target_arch = "x86_64")]
     if plan.vectors {
-        let (out, lse) = (SharedOut::new(out), SharedOut::new(lse));
         return crate::attention_avx512_forward::forward(plan, input, out, lse);
     }
     let blocks: Vec<Block> = plan
@@ -82,7 +116,6 @@ pub fn attention_forward(
         .iter()
         .flat_map(|family| family.blocks.clone())
         .collect();
-    let (out, lse) = (SharedOut::new(out), SharedOut::new(lse));
     for_each_block(blocks.len() * shape.kv_heads, 1, plan.work, |tasks| {
         for task in tasks {
             let (block, head) = (blocks[task / shape.kv_heads], task % shape.kv_heads);

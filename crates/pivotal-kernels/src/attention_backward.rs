@@ -10,7 +10,7 @@ use gemm::Parallelism;
 use crate::attention::{AttentionInput, Rows};
 use crate::lanes::{dot, exp};
 use crate::matmul::{ProductShape, Store, f32_product};
-use crate::parallel::{SharedOut, check_len, for_each_block, with_scratch};
+use crate::parallel::{SharedOut, check_len, for_each_block, with_scratch, zeros};
 use crate::plan::{AttentionPlan, Family};
 
 /// What the forward pass returned.
@@ -62,6 +62,48 @@ pub fn attention_backward(
     gradients.q.fill(0.0);
     gradients.k.fill(0.0);
     gradients.v.fill(0.0);
+    into_zeros(plan, input, saved, dout, gradients);
+}
+
+/// [`attention_backward`] into new memory: the gradients of `q`, `k` and `v`.
+///
+/// # Panics
+/// If a slice's length does not fit the plan.
+#[must_use]
+pub fn attention_gradients(
+    plan: &AttentionPlan,
+    input: AttentionInput<'_>,
+    saved: AttentionSaved<'_>,
+    dout: &[f32],
+) -> [Vec<f32>; 3] {
+    let shape = plan.shape();
+    let (queries, keys) = (
+        plan.tokens() * shape.query_width(),
+        plan.tokens() * shape.key_width(),
+    );
+    input.check(plan);
+    check_len("saved.out", saved.out, queries);
+    check_len("saved.lse", saved.lse, plan.tokens() * shape.heads);
+    check_len("dout", dout, queries);
+    let [mut q, mut k, mut v] = [queries, keys, keys].map(zeros);
+    let gradients = AttentionGradients {
+        q: &mut q,
+        k: &mut k,
+        v: &mut v,
+    };
+    into_zeros(plan, input, saved, dout, gradients);
+    [q, k, v]
+}
+
+/// Adds the gradients to what is all zero.
+fn into_zeros(
+    plan: &AttentionPlan,
+    input: AttentionInput<'_>,
+    saved: AttentionSaved<'_>,
+    dout: &[f32],
+    gradients: AttentionGradients<'_>,
+) {
+    let shape = plan.shape();
     #[cfg(target_arch = "x86_64")]
     if plan.vectors {
         let targets = crate::attention_avx512_backward::Targets {

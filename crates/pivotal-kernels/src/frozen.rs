@@ -279,7 +279,13 @@ impl Prologue<'_> {
     }
 
     /// All rows of what the products read.
-    fn outcome<'a>(&self, x: &'a [f32], rstd: &[f32], rows: usize, inputs: usize) -> Cow<'a, [f32]> {
+    fn outcome<'a>(
+        &self,
+        x: &'a [f32],
+        rstd: &[f32],
+        rows: usize,
+        inputs: usize,
+    ) -> Cow<'a, [f32]> {
         if let Self::Plain = self {
             return Cow::Borrowed(x);
         }
@@ -400,15 +406,28 @@ impl FrozenGroup<'_> {
         };
         let mut dinput = wanted.x.then(|| zeros(rows * inputs));
         let update = self.update.as_ref();
-        let mut da = update.filter(|_| wanted.a).map(|update| zeros(update.a.len()));
-        let mut db = update.filter(|_| wanted.b).map(|update| zeros(update.b.len()));
+        let mut da = update
+            .filter(|_| wanted.a)
+            .map(|update| zeros(update.a.len()));
+        let mut db = update
+            .filter(|_| wanted.b)
+            .map(|update| zeros(update.b.len()));
         with_scratch(rows * group.ranks, |dh| {
             let slopes = Slopes {
                 x: dinput.as_deref_mut(),
                 a: da.as_deref_mut(),
                 b: db.as_deref_mut(),
             };
-            backward_f32(group, &input, self.update, saved.h, dout, dh, slopes, self.precision);
+            backward_f32(
+                group,
+                &input,
+                self.update,
+                saved.h,
+                dout,
+                dh,
+                slopes,
+                self.precision,
+            );
         });
         let x = match (dinput, self.prologue) {
             (dinput, Prologue::Plain) => dinput,
@@ -426,7 +445,12 @@ fn forward_f32(
     h: &mut [f32],
     precision: Precision,
 ) {
-    let &Group { layers, rows, inputs, .. } = group;
+    let &Group {
+        layers,
+        rows,
+        inputs,
+        ..
+    } = group;
     if let Some(update) = update {
         let shape = ProductShape {
             m: rows,

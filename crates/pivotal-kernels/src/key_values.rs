@@ -3,12 +3,15 @@
 //! Keys lie in blocks of 16 positions, transposed, so that a block's scores are 16 sums side by side; values lie position by
 //! position. A prompt's cache is read once for several of its samples: their queries are rows of one small product.
 
+#[cfg(target_arch = "x86_64")]
+use crate::key_values_avx512;
 use crate::lanes::{LANES, Lanes, exp_shifted, maximum, sum};
 use crate::parallel::{SharedOut, check_len, for_each_block, with_scratch};
 use crate::plan::AttentionShape;
+use crate::processor::{Processor, processor};
 
 /// Positions of a block.
-const BLOCK: usize = 16;
+pub(crate) const BLOCK: usize = 16;
 /// Vectors of a block's positions.
 const VECTORS: usize = BLOCK / LANES;
 /// Queries multiplied together: their sums are half of the 16 AVX registers.
@@ -168,6 +171,7 @@ pub fn attend_step(
         );
     }
     let runs = runs(contexts);
+    let wide = cfg!(target_arch = "x86_64") && processor() >= Processor::Avx512;
     let positions: usize = contexts
         .iter()
         .map(|c| c.prefix.tokens + c.own.tokens)
@@ -183,14 +187,21 @@ pub fn attend_step(
                 .clone()
                 .flat_map(|sequence| q[at(sequence)..][..width].chunks_exact(shape.head_dim))
                 .collect();
-            attend_run(shape, &rows, &contexts[run.clone()], head, |row, sums| {
-                let member = row % shape.group() * shape.head_dim;
-                // SAFETY: this task alone has this head of this sequence.
-                let out = unsafe {
-                    target.slice(at(run.start + row / shape.group()) + member, shape.head_dim)
-                };
-                out.copy_from_slice(&sums[..shape.head_dim]);
-            });
+            attend_run(
+                shape,
+                &rows,
+                &contexts[run.clone()],
+                head,
+                wide,
+                |row, sums| {
+                    let member = row % shape.group() * shape.head_dim;
+                    // SAFETY: this task alone has this head of this sequence.
+                    let out = unsafe {
+                        target.slice(at(run.start + row / shape.group()) + member, shape.head_dim)
+                    };
+                    out.copy_from_slice(&sums[..shape.head_dim]);
+                },
+            );
         }
     });
 }
@@ -217,6 +228,7 @@ fn attend_run(
     queries: &[&[f32]],
     contexts: &[StepContext<'_>],
     head: usize,
+    wide: bool,
     mut write: impl FnMut(usize, &[f32]),
 ) {
     let (group, prefix) = (shape.group(), contexts[0].prefix);
@@ -225,13 +237,21 @@ fn attend_run(
     let padded = prefix.padded();
     with_scratch(queries.len() * (stride + padded), |scratch| {
         let (scores, sums) = scratch.split_at_mut(queries.len() * stride);
-        score_all(prefix, head, queries, scores, stride, 0);
+        score_all(prefix, head, queries, scores, stride, 0, wide);
         sums.fill(0.0);
         for (member, context) in contexts.iter().enumerate() {
             let rows = member * group..(member + 1) * group;
             let scores = &mut scores[rows.start * stride..rows.end * stride];
             let first = prefix.blocks() * BLOCK;
-            score_all(context.own, head, &queries[rows], scores, stride, first);
+            score_all(
+                context.own,
+                head,
+                &queries[rows],
+                scores,
+                stride,
+                first,
+                wide,
+            );
             let len = first + context.own.blocks() * BLOCK;
             for row in scores.chunks_exact_mut(stride.max(1)) {
                 row[prefix.tokens..first].fill(f32::NEG_INFINITY);
@@ -239,7 +259,7 @@ fn attend_run(
                 soften(&mut row[..len], shape.scale());
             }
         }
-        add_all(prefix, head, scores, stride, 0, sums);
+        add_all(prefix, head, scores, stride, 0, sums, wide);
         for (member, context) in contexts.iter().enumerate() {
             let rows = member * group..(member + 1) * group;
             let scores = &scores[rows.start * stride..rows.end * stride];
@@ -251,6 +271,7 @@ fn attend_run(
                 stride,
                 prefix.blocks() * BLOCK,
                 sums,
+                wide,
             );
         }
         for (row, sums) in sums.chunks_exact(padded).enumerate() {
@@ -284,10 +305,18 @@ fn score_all(
     scores: &mut [f32],
     stride: usize,
     first: usize,
+    wide: bool,
 ) {
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = wide;
     for block in 0..cache.blocks() {
         let (keys, _) = cache.block(block, head);
         let at = first + block * BLOCK;
+        #[cfg(target_arch = "x86_64")]
+        if wide {
+            key_values_avx512::score(queries, keys, scores, stride, at);
+            continue;
+        }
         for (index, queries) in queries.chunks(QUERIES).enumerate() {
             let scores = &mut scores[index * QUERIES * stride..];
             match *queries {
@@ -333,13 +362,23 @@ fn add_all(
     stride: usize,
     first: usize,
     sums: &mut [f32],
+    wide: bool,
 ) {
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = wide;
     let padded = cache.padded();
     let queries = sums.len() / padded;
     for block in 0..cache.blocks() {
         let (_, values) = cache.block(block, head);
         let tokens = BLOCK.min(cache.tokens - block * BLOCK);
         let values = &values[..tokens * padded];
+        #[cfg(target_arch = "x86_64")]
+        if wide {
+            let weights = &weights[first + block * BLOCK..];
+            if key_values_avx512::add(values, weights, stride, sums, padded) {
+                continue;
+            }
+        }
         for row in (0..queries).step_by(QUERIES) {
             let sums = &mut sums[row * padded..];
             let weights = &weights[row * stride + first + block * BLOCK..];
@@ -402,7 +441,7 @@ fn add_columns<const Q: usize, const V: usize>(
 mod tests {
     use super::*;
     use crate::cached::{CachedContext, attend_cached};
-    use crate::testing::{assert_close, on_threads, random, widen};
+    use crate::testing::{assert_close, on_each, on_threads, random, widen};
 
     // Two f32 softmaxes over up to 150 keys, summed in different orders.
     const TOLERANCE: f64 = 2e-6;
@@ -473,6 +512,40 @@ mod tests {
             attend_cached(shape, &q, &plain, &mut slow);
             assert_close("step", &fast, &widen(&slow), TOLERANCE);
             assert!(fast[..shape.query_width()].iter().all(|&x| x == 0.0));
+        }
+    }
+
+    #[test]
+    fn every_path_gives_the_same_bits() {
+        for (heads, kv_heads, head_dim) in [(9, 3, 64), (7, 1, 24), (16, 2, 16)] {
+            let shape = AttentionShape {
+                heads,
+                kv_heads,
+                head_dim,
+            };
+            let width = shape.key_width();
+            let cache = |len: usize, seed| {
+                let keys = random(len * width, seed);
+                filled(shape, &keys, &random(len * width, seed + 1))
+            };
+            let prefix = cache(37, 5);
+            let own: Vec<KeyValues> = (0..11).map(|len| cache(3 * len, len as u64)).collect();
+            let contexts: Vec<_> = own
+                .iter()
+                .map(|own| StepContext {
+                    prefix: &prefix,
+                    own,
+                })
+                .collect();
+            let q = random(contexts.len() * shape.query_width(), 3);
+            let results = std::sync::Mutex::new(Vec::new());
+            on_each(|| {
+                let mut out = vec![f32::NAN; q.len()];
+                attend_step(shape, &q, &contexts, &mut out);
+                results.lock().unwrap().push(out);
+            });
+            let results = results.into_inner().unwrap();
+            assert!(results.iter().all(|out| *out == results[0]));
         }
     }
 

@@ -207,6 +207,26 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
+/// Runs a loop over elements that do not depend on each other, compiled for the widest vectors that the processor has. No
+/// bit depends on which: nothing is summed, and Rust fuses nothing by itself.
+///
+/// `body` must be an `#[inline(always)]` closure, or it stays as wide as the build asks for.
+#[inline(always)]
+pub(crate) fn widest(body: impl FnOnce()) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx512bw")]
+        fn with_avx512(body: impl FnOnce()) {
+            body();
+        }
+        if crate::processor::processor() >= crate::processor::Processor::Avx512 {
+            // SAFETY: the features are part of that path.
+            return unsafe { with_avx512(body) };
+        }
+    }
+    body();
+}
+
 /// Replaces each `x` by `e^(x - shift)`.
 #[inline]
 pub(crate) fn exp_shifted(x: &mut [f32], shift: f32) {

@@ -38,6 +38,8 @@ mod frozen_head;
 #[cfg(target_arch = "x86_64")]
 mod group;
 mod key_values;
+#[cfg(target_arch = "x86_64")]
+mod key_values_avx512;
 mod lanes;
 mod logps;
 mod matmul;
@@ -56,8 +58,10 @@ mod swiglu;
 mod testing;
 mod vocabulary_kl;
 
-pub use attention::{AttentionInput, attention_forward};
-pub use attention_backward::{AttentionGradients, AttentionSaved, attention_backward};
+pub use attention::{AttentionInput, attention, attention_forward};
+pub use attention_backward::{
+    AttentionGradients, AttentionSaved, attention_backward, attention_gradients,
+};
 pub use cached::{CachedContext, attend_cached};
 pub use columns::{join_columns, split_columns};
 pub use frozen::{

@@ -1,7 +1,8 @@
 //! Rotary position embedding (Su et al. 2021, arXiv:2104.09864) in the rotate-half convention of Hugging Face's Llama:
 //! element `i` of a head is rotated with element `i + head_dim/2`.
 
-use crate::parallel::{SharedOut, check_len, for_each_block, rows_per_block};
+use crate::parallel::{SharedOut, check_len, for_each_block, rows_per_block, written};
+use crate::plan::AttentionShape;
 
 /// The cosines and sines of some tokens' positions, computed once for all layers.
 #[derive(Clone, Debug)]
@@ -86,6 +87,106 @@ impl RopeTable {
     /// If `x` has another length.
     pub fn apply_transpose(&self, x: &mut [f32], heads: usize) {
         self.rotate(x, heads, -1.0);
+    }
+
+    /// Takes rows of query, key and value apart and rotates the first two: `[tokens, heads * head_dim]`, and twice
+    /// `[tokens, kv_heads * head_dim]`.
+    ///
+    /// # Shapes
+    /// `joined` is `[tokens, (heads + 2 * kv_heads) * head_dim]`.
+    ///
+    /// # Panics
+    /// If `joined` has another length, or the heads are not the table's.
+    #[must_use]
+    pub fn split(&self, joined: &[f32], shape: AttentionShape) -> [Vec<f32>; 3] {
+        let (tokens, width) = (self.tokens, self.joined_width(joined, shape));
+        let (queries, keys) = (shape.query_width(), shape.key_width());
+        let (mut k, mut v) = (Vec::new(), Vec::new());
+        let body = |q: SharedOut, k: SharedOut, v: SharedOut| {
+            for_each_block(tokens, rows_per_block(width), 3 * joined.len(), |block| {
+                for token in block {
+                    let (from, rest) = joined[token * width..][..width].split_at(queries);
+                    let (key, value) = rest.split_at(keys);
+                    // SAFETY: row `token` of each part is this block's own.
+                    unsafe {
+                        self.turn(token, from, q.slice(token * queries, queries), 1.0);
+                        self.turn(token, key, k.slice(token * keys, keys), 1.0);
+                        v.slice(token * keys, keys).copy_from_slice(value);
+                    }
+                }
+            });
+        };
+        // SAFETY: the body writes every row of the three.
+        let q = unsafe {
+            written(tokens * queries, |q| {
+                k = written(tokens * keys, |k| {
+                    v = written(tokens * keys, |v| body(q, k, v));
+                });
+            })
+        };
+        [q, k, v]
+    }
+
+    /// The transpose of [`RopeTable::split`]: the gradient of its input where `parts` are those of its outputs.
+    ///
+    /// # Shapes
+    /// `parts` as [`RopeTable::split`] returns them.
+    ///
+    /// # Panics
+    /// If a part has another length.
+    #[must_use]
+    pub fn join(&self, parts: [&[f32]; 3], shape: AttentionShape) -> Vec<f32> {
+        let (queries, keys) = (shape.query_width(), shape.key_width());
+        for (part, width) in parts.into_iter().zip([queries, keys, keys]) {
+            check_len("a part", part, self.tokens * width);
+        }
+        let width = queries + 2 * keys;
+        let [q, k, v] = parts;
+        let body = |joined: SharedOut| {
+            let work = 3 * self.tokens * width;
+            for_each_block(self.tokens, rows_per_block(width), work, |block| {
+                for token in block {
+                    // SAFETY: row `token` is this block's own.
+                    let row = unsafe { joined.slice(token * width, width) };
+                    let (query, rest) = row.split_at_mut(queries);
+                    let (key, value) = rest.split_at_mut(keys);
+                    self.turn(token, &q[token * queries..][..queries], query, -1.0);
+                    self.turn(token, &k[token * keys..][..keys], key, -1.0);
+                    value.copy_from_slice(&v[token * keys..][..keys]);
+                }
+            });
+        };
+        // SAFETY: the body writes every row.
+        unsafe { written(self.tokens * width, body) }
+    }
+
+    #[track_caller]
+    fn joined_width(&self, joined: &[f32], shape: AttentionShape) -> usize {
+        assert!(
+            shape.head_dim == self.head_dim(),
+            "heads of {} are not the table's",
+            shape.head_dim
+        );
+        let width = shape.query_width() + 2 * shape.key_width();
+        check_len("joined", joined, self.tokens * width);
+        width
+    }
+
+    /// The heads of one token, rotated.
+    fn turn(&self, token: usize, from: &[f32], to: &mut [f32], direction: f32) {
+        let half = self.half;
+        let (cosines, sines) = self.values[token * 2 * half..][..2 * half].split_at(half);
+        let heads = from
+            .chunks_exact(2 * half)
+            .zip(to.chunks_exact_mut(2 * half));
+        for (from, to) in heads {
+            let ((a, b), (first, second)) = (from.split_at(half), to.split_at_mut(half));
+            for index in 0..half {
+                let (cosine, sine) = (cosines[index], sines[index] * direction);
+                first[index] = a[index] * cosine - b[index] * sine;
+                second[index] = b[index] * cosine + a[index] * sine;
+            }
+        }
     }
 
     fn rotate(&self, x: &mut [f32], heads: usize, direction: f32) {
@@ -192,5 +293,30 @@ mod tests {
         assert_eq!(out, on_threads(2, run));
         table.apply_transpose(&mut out, 4);
         assert_close("undone", &out, &crate::testing::widen(&x), TOLERANCE);
+    }
+
+    #[test]
+    fn split_and_join_are_the_steps_one_by_one() {
+        let shape = AttentionShape {
+            heads: 3,
+            kv_heads: 1,
+            head_dim: 6,
+        };
+        let table = RopeTable::new(&[1.0, 0.1, 0.01], &[0, 7, 3, 2], 1.0);
+        let joined = crate::testing::random(4 * 30, 3);
+        let [mut q, mut k, mut v] = [vec![0.0; 4 * 18], vec![0.0; 4 * 6], vec![0.0; 4 * 6]];
+        crate::split_columns(&joined, 4, &mut [&mut q, &mut k, &mut v]);
+        table.apply(&mut q, 3);
+        table.apply(&mut k, 1);
+        assert_eq!(
+            table.split(&joined, shape),
+            [q.clone(), k.clone(), v.clone()]
+        );
+        let gradient = table.join([&q, &k, &v], shape);
+        table.apply_transpose(&mut q, 3);
+        table.apply_transpose(&mut k, 1);
+        let mut expected = vec![0.0; 4 * 30];
+        crate::join_columns(&[&q, &k, &v], 4, &mut expected);
+        assert_eq!(gradient, expected);
     }
 }

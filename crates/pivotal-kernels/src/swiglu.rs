@@ -1,6 +1,6 @@
 //! The gated activation `silu(gate)·up` (Shazeer 2020, arXiv:2002.05202) and its gradient.
 
-use crate::lanes::sigmoid;
+use crate::lanes::{sigmoid, widest};
 use crate::parallel::{SharedOut, check_len, for_each_block, rows_per_block};
 
 const BLOCK: usize = 8192;
@@ -83,9 +83,14 @@ pub fn swiglu_joined_forward(joined: &[f32], width: usize, out: &mut [f32]) {
 /// One row of the output of [`swiglu_joined_forward`].
 pub(crate) fn gate_row(joined: &[f32], out: &mut [f32]) {
     let (gate, up) = joined.split_at(out.len());
-    for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-        *out = gate * sigmoid(gate) * up;
-    }
+    widest(
+        #[inline(always)]
+        || {
+            for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
+                *out = gate * sigmoid(gate) * up;
+            }
+        },
+    );
 }
 
 /// The gradient of [`swiglu_joined_forward`], `[rows, 2 * width]`, overwritten.
@@ -120,12 +125,17 @@ pub(crate) unsafe fn joined_gradient(
             // SAFETY: row `row` of the gradient is this block's own.
             let slopes = unsafe { djoined.slice(2 * row * width, 2 * width) };
             let (dgate, dup) = slopes.split_at_mut(width);
-            for index in 0..width {
-                let open = sigmoid(gate[index]);
-                let silu = gate[index] * open;
-                dgate[index] = dout[index] * up[index] * (open + silu * (1.0 - open));
-                dup[index] = dout[index] * silu;
-            }
+            widest(
+                #[inline(always)]
+                || {
+                    for index in 0..width {
+                        let open = sigmoid(gate[index]);
+                        let silu = gate[index] * open;
+                        dgate[index] = dout[index] * up[index] * (open + silu * (1.0 - open));
+                        dup[index] = dout[index] * silu;
+                    }
+                },
+            );
         }
     });
 }
@@ -133,7 +143,7 @@ pub(crate) unsafe fn joined_gradient(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{assert_close, on_threads, random};
+    use crate::testing::{assert_close, on_each, on_threads, random};
 
     // A few roundings each.
     const TOLERANCE: f64 = 1e-6;
@@ -216,5 +226,24 @@ mod tests {
             swiglu_backward(&gate, &up, &dout, &mut dgate, &mut dup);
             assert_eq!((half(&slopes, 0), half(&slopes, 1)), (dgate, dup));
         }
+    }
+
+    #[test]
+    fn every_path_gives_the_same_bits() {
+        let (rows, width) = (3, 37);
+        let joined: Vec<f32> = random(2 * rows * width, 4)
+            .iter()
+            .map(|x| 20.0 * x)
+            .collect();
+        let dout = random(rows * width, 5);
+        let results = std::sync::Mutex::new(Vec::new());
+        on_each(|| {
+            let (mut out, mut slopes) = (vec![0.0; rows * width], vec![0.0; joined.len()]);
+            swiglu_joined_forward(&joined, width, &mut out);
+            swiglu_joined_backward(&joined, width, &dout, &mut slopes);
+            results.lock().unwrap().push((out, slopes));
+        });
+        let results = results.into_inner().unwrap();
+        assert!(results.iter().all(|result| *result == results[0]));
     }
 }

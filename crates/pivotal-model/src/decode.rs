@@ -190,7 +190,8 @@ impl Generator {
             positions.extend(0..prompt.len());
             tokens += prompt.len();
         }
-        let plan = AttentionPlan::new(&spans, tokens, self.attention_shape());
+        let plan = AttentionPlan::new(&spans, tokens, self.attention_shape())
+            .with_precision(self.precision());
         let mut lse = vec![0.0; tokens * self.config.heads];
         let mut layers = vec![Vec::with_capacity(self.config.layers); prompts.len()];
         let last: Vec<usize> = spans.iter().map(|span| span.start + span.len - 1).collect();

@@ -116,7 +116,9 @@ fn pack_input(
             make: &make,
         },
     };
-    time(group.prologue.part(), || pack_rows(rows, &source, &mut [part]));
+    time(group.prologue.part(), || {
+        pack_rows(rows, &source, &mut [part])
+    });
 }
 
 /// The outputs before their biases, and `h`.
@@ -254,7 +256,9 @@ pub(super) fn backward(
         _ => 0,
     };
     let both = layers.iter().zip(&places);
-    let words = both.clone().map(|(layer, place)| left(layer) + right(layer, place));
+    let words = both
+        .clone()
+        .map(|(layer, place)| left(layer) + right(layer, place));
     with_scratch(words.sum(), |mut rest| {
         let mut parts = Vec::with_capacity(layers.len());
         for (layer, place) in both {
@@ -273,20 +277,36 @@ pub(super) fn backward(
             stride: outputs,
         };
         pack_rows(rows, &source, &mut parts);
-        let lefts: Vec<&[f32]> = parts.iter().filter_map(|part| part.left.as_deref()).collect();
-        let rights: Vec<&[f32]> = parts.iter().map(|part| part.right.as_deref().unwrap_or_default()).collect();
+        let lefts: Vec<&[f32]> = parts
+            .iter()
+            .filter_map(|part| part.left.as_deref())
+            .collect();
+        let rights: Vec<&[f32]> = parts
+            .iter()
+            .map(|part| part.right.as_deref().unwrap_or_default())
+            .collect();
         let Some(update) = frozen.update else {
-            let x = wanted.x.then(|| input_gradient(frozen, group, saved, &lefts, None));
-            return FrozenGradients { x, a: None, b: None };
+            let x = wanted
+                .x
+                .then(|| input_gradient(frozen, group, saved, &lefts, None));
+            return FrozenGradients {
+                x,
+                a: None,
+                b: None,
+            };
         };
         with_scratch(rows * ranks, |dh| {
             if wanted.x || wanted.a {
                 hidden_gradient(group, &places, &lefts, update, dh);
             }
             FrozenGradients {
-                x: wanted.x.then(|| input_gradient(frozen, group, saved, &lefts, Some((update, &*dh)))),
+                x: wanted
+                    .x
+                    .then(|| input_gradient(frozen, group, saved, &lefts, Some((update, &*dh)))),
                 a: wanted.a.then(|| down_gradient(frozen, group, saved, dh)),
-                b: wanted.b.then(|| up_gradient(group, &places, update, saved.h, &rights)),
+                b: wanted
+                    .b
+                    .then(|| up_gradient(group, &places, update, saved.h, &rights)),
             }
         })
     })

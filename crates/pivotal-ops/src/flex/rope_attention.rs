@@ -8,10 +8,7 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
 use pivotal_kernels::account::{Part, time};
-use pivotal_kernels::{
-    AttentionGradients, AttentionInput, AttentionSaved, attention_backward, attention_forward,
-    join_columns, split_columns, zeros,
-};
+use pivotal_kernels::{AttentionInput, AttentionSaved, attention, attention_gradients};
 
 use super::{TrackedTensor, contiguous, dims, floats, from_values, map_in_place};
 use crate::attention_layout::LayoutPlan;
@@ -54,19 +51,18 @@ pub(crate) fn forward(
     let k = map_in_place(k, |k| {
         time(Part::Rope, || plan.rope.apply(k, shape.kv_heads))
     });
-    let v = contiguous(v);
-    let [tokens, width] = dims(&q);
-    let mut out = zeros(tokens * width);
-    let mut lse = zeros(tokens * shape.heads);
+    attend([q, k, contiguous(v)], plan)
+}
+
+/// From rotated queries and keys.
+fn attend([q, k, v]: [FlexTensor; 3], plan: Arc<LayoutPlan>) -> (FlexTensor, State) {
     let input = AttentionInput {
         q: floats(&q),
         k: floats(&k),
         v: floats(&v),
     };
-    time(Part::Attention, || {
-        attention_forward(&plan.attention, input, &mut out, &mut lse);
-    });
-    let out = from_values(out, [tokens, width]);
+    let (out, lse) = time(Part::Attention, || attention(&plan.attention, input));
+    let out = from_values(out, dims(&q));
     let state = State {
         q,
         k,
@@ -104,27 +100,13 @@ pub(crate) fn forward_joined(qkv: FlexTensor, plan: Arc<LayoutPlan>) -> (FlexTen
     let shape = plan.attention.shape();
     let qkv = contiguous(qkv);
     let rows = dims(&qkv)[0];
-    let (width, key_width) = (
-        shape.heads * shape.head_dim,
-        shape.kv_heads * shape.head_dim,
-    );
-    let mut parts = [width, key_width, key_width].map(|width| zeros(rows * width));
-    time(Part::Rope, || {
-        split_columns(
-            floats(&qkv),
-            rows,
-            &mut parts.each_mut().map(|part| &mut part[..]),
-        );
-    });
+    let parts = time(Part::Rope, || plan.rope.split(floats(&qkv), shape));
     drop(qkv);
-    let [q, k, v] = parts;
-    let tensor = |values, width| from_values(values, [rows, width]);
-    forward(
-        tensor(q, width),
-        tensor(k, key_width),
-        tensor(v, key_width),
-        plan,
-    )
+    let parts = parts.map(|part| {
+        let width = part.len() / rows.max(1);
+        from_values(part, [rows, width])
+    });
+    attend(parts, plan)
 }
 
 pub(crate) fn tracked_joined<C: CheckpointStrategy>(
@@ -146,35 +128,15 @@ pub(crate) fn tracked_joined<C: CheckpointStrategy>(
     }
 }
 
-/// The gradients of query, key and value, before their rotation.
+/// The gradients of value, and of rotated query and key.
 fn gradients(state: &State, dout: &FlexTensor) -> [Vec<f32>; 3] {
-    let plan = &state.plan;
-    let shape = plan.attention.shape();
-    let ([tokens, width], [_, key_width]) = (dims(&state.q), dims(&state.k));
-    let [mut dq, mut dk, mut dv] = [width, key_width, key_width].map(|width| zeros(tokens * width));
     let saved = AttentionSaved {
         out: floats(&state.out),
         lse: &state.lse,
     };
-    let gradients = AttentionGradients {
-        q: &mut dq,
-        k: &mut dk,
-        v: &mut dv,
-    };
     time(Part::Attention, || {
-        attention_backward(
-            &plan.attention,
-            state.input(),
-            saved,
-            floats(dout),
-            gradients,
-        );
-    });
-    time(Part::Rope, || {
-        plan.rope.apply_transpose(&mut dq, shape.heads);
-        plan.rope.apply_transpose(&mut dk, shape.kv_heads);
-    });
-    [dq, dk, dv]
+        attention_gradients(&state.plan.attention, state.input(), saved, floats(dout))
+    })
 }
 
 impl Backward<Flex, 3> for RopeAttentionBackward {
@@ -183,7 +145,13 @@ impl Backward<Flex, 3> for RopeAttentionBackward {
     fn backward(self, ops: Ops<State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dout = contiguous(grads.consume::<Flex>(&ops.node));
         let shapes = [&ops.state.q, &ops.state.k, &ops.state.v].map(dims);
-        let gradients = gradients(&ops.state, &dout);
+        let [mut dq, mut dk, dv] = gradients(&ops.state, &dout);
+        let (rope, shape) = (&ops.state.plan.rope, ops.state.plan.attention.shape());
+        time(Part::Rope, || {
+            rope.apply_transpose(&mut dq, shape.heads);
+            rope.apply_transpose(&mut dk, shape.kv_heads);
+        });
+        let gradients = [dq, dk, dv];
         for ((node, gradient), shape) in ops.parents.into_iter().zip(gradients).zip(shapes) {
             if let Some(node) = node {
                 grads.register::<Flex>(node.id, from_values(gradient, shape));
@@ -201,9 +169,10 @@ impl Backward<Flex, 1> for JoinedBackward {
         let Some(node) = node else { return };
         let ([rows, width], [_, key_width]) = (dims(&ops.state.q), dims(&ops.state.k));
         let parts = gradients(&ops.state, &dout);
-        let mut joined = zeros(rows * (width + 2 * key_width));
-        time(Part::Rope, || {
-            join_columns(&parts.each_ref().map(|part| &part[..]), rows, &mut joined);
+        let plan = &ops.state.plan;
+        let joined = time(Part::Rope, || {
+            let parts = parts.each_ref().map(|part| &part[..]);
+            plan.rope.join(parts, plan.attention.shape())
         });
         grads.register::<Flex>(node.id, from_values(joined, [rows, width + 2 * key_width]));
     }
