@@ -1,11 +1,12 @@
 """Pivotal beside its peers: the same rows, fresh processes, both in turn, ratios of each round.
 
 Usage: compare.py SUITE... --share VENV/share/peers --json FILE [--pivotal FILE] [--precision bf16|f32] [--rounds R]
-                  [--limit N] [--keep all|FRACTION] [--llama-cpp] [--peer-arguments "..."]
+                  [--limit N] [--keep all|FRACTION] [--llama-cpp] [--peer-arguments "..."] [--touch GIB]
 
-Suites: dpo, sft, reward, annotate, generate. --limit takes that many rows, evenly spread over the file, and writes them
-to a file that both sides read. Prints a Markdown table of medians, with least and greatest, and of the ratios' medians;
-FILE gets every reading.
+Suites: dpo, sft, reward, annotate, generate. Rows that some tool would not keep whole are left out, --limit takes that
+many of the others, evenly spread, and both sides read them from one file. Prints a Markdown table of medians, with
+least and greatest, and of the ratios' medians; FILE gets every reading. Where a reading fails, its status and the end
+of its messages are noted, the others go on, and the exit status is 1.
 """
 
 import argparse
@@ -14,17 +15,21 @@ import json
 import pathlib
 import platform
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import peer
+import rows
+import tables
+from tables import Reading
 
 HERE = pathlib.Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
-Reading = dict[str, Any]
+STDERR_LINES = 12
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +62,44 @@ LLAMA_CPP = [
     for shape, how in SHAPES.items()
     for weights in ("BF16", "Q8_0")
 ]
-METRICS = {
-    "pairs/s": lambda reading: reading.get("pairs_per_second") or reading.get("sequences_per_second"),
-    "tokens/s, decoding": lambda reading: reading.get("decoding_tokens_per_second"),
-    "tokens/s, with prefill": lambda reading: reading["tokens_per_second"],
-}
 
 
-def run(command: list[str]) -> str:
-    """What the command printed; its messages are shown where it fails."""
+class Failed(Exception):
+    """A command's status (below 0: the signal) and messages; no status where what it printed cannot be used."""
+
+    def __init__(self, status: int | None, messages: str) -> None:
+        super().__init__(status, messages)
+        self.status = status
+        self.messages = messages
+
+
+def attempt(read: Callable[..., T], *arguments: Any) -> T | Reading:
+    """What was read; or, in its place, that it failed and how."""
+    try:
+        return read(*arguments)
+    except Failed as failed:
+        last = failed.messages.splitlines()[-STDERR_LINES:]
+        print("\n".join([*last, f"failed, status {failed.status}"]), file=sys.stderr, flush=True)
+        return {"failed": True, "status": failed.status, "stderr": last}
+
+
+def run(command: list[str], touch_gib: float) -> str:
+    """What the command printed."""
+    if touch_gib > 0:
+        touched = run([sys.executable, str(HERE / "touch.py"), str(touch_gib)], 0.0)
+        print(f"touched {touch_gib} GiB in {touched.strip()} s", file=sys.stderr, flush=True)
     print("+ " + shlex.join(command), file=sys.stderr, flush=True)
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        raise SystemExit(f"{done.stderr[-4000:]}\nstatus {done.returncode}: {shlex.join(command)}")
+        raise Failed(done.returncode, done.stderr)
     return done.stdout
+
+
+def last_line(printed: str) -> Reading:
+    try:
+        return json.loads(printed.splitlines()[-1])
+    except (IndexError, json.JSONDecodeError) as error:
+        raise Failed(None, f"the last line it printed is no JSON: {error}") from error
 
 
 def run_peer(which: Peer, data: pathlib.Path, arguments: argparse.Namespace, suite: str) -> Reading:
@@ -82,7 +111,7 @@ def run_peer(which: Peer, data: pathlib.Path, arguments: argparse.Namespace, sui
     if suite in TRAINING:
         command += ["--batch", str(arguments.batch), "--max-tokens", str(arguments.max_tokens)]
         command += shlex.split(arguments.peer_arguments)
-    return json.loads(run(command).splitlines()[-1])
+    return last_line(run(command, arguments.touch))
 
 
 def run_pivotal(suite: str, data: pathlib.Path, arguments: argparse.Namespace) -> list[Reading]:
@@ -92,7 +121,7 @@ def run_pivotal(suite: str, data: pathlib.Path, arguments: argparse.Namespace) -
         command += ["--model", str(gguf(arguments)), "--data", str(data), "--precision", arguments.precision]
         command += ["--batch", str(arguments.batch), "--max-tokens", str(arguments.max_tokens)]
         command += ["--keep", arguments.keep, "--json", str(out)]
-        run(command)
+        run(command, arguments.touch)
         results = json.loads(out.read_text(encoding="utf-8"))["results"]
     # A suite's own figures lie one level down.
     return [result | result.get("figures", {}) for result in results]
@@ -102,81 +131,55 @@ def gguf(arguments: argparse.Namespace) -> pathlib.Path:
     return arguments.share / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def ceiling(threads: int) -> Reading:
-    return json.loads(run([sys.executable, str(HERE / "ceiling.py"), "--threads", str(threads)]))["gflops"]
+def run_ceiling(arguments: argparse.Namespace) -> Reading:
+    command = [sys.executable, str(HERE / "ceiling.py"), "--threads", str(arguments.threads)]
+    return last_line(run(command, arguments.touch))["gflops"]
 
 
-def subset(arguments: argparse.Namespace, directory: str) -> pathlib.Path:
-    rows = peer.read_rows(arguments.share / "pairs.jsonl", arguments.limit)
-    if len(rows) % arguments.batch:
-        raise SystemExit(f"{len(rows)} rows make no whole batches of {arguments.batch}")
-    path = pathlib.Path(directory) / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+def beside(ours: list[Reading], which: Peer) -> Reading:
+    """Pivotal's reading of what the peer measures."""
+    found = [one for one in ours if one["variant"].startswith(which.variant)]
+    if len(found) != 1:
+        raise Failed(None, f"{len(found)} of Pivotal's measurements begin with `{which.variant}`")
+    return found[0]
 
 
-def measure(suite: str, data: pathlib.Path, arguments: argparse.Namespace) -> list[Reading]:
-    """A list of `{peer, pivotal}` readings; the two take turns at going first."""
+def same_work(suite: str, mine: Reading, theirs: Reading) -> Reading:
+    """The peer's reading, if it counts what Pivotal's does."""
+    counts = [one.get("pairs") or one.get("sequences") for one in (mine, theirs)]
+    if suite != "generate" and counts[0] != counts[1]:
+        raise Failed(None, f"it took {counts[1]} rows, Pivotal {counts[0]}")
+    if suite == "generate" and mine["tokens"] != theirs["tokens"]:
+        raise Failed(None, f"it made {theirs['tokens']} new tokens, Pivotal {mine['tokens']}")
+    return theirs
+
+
+def measure(suite: str, data: pathlib.Path, arguments: argparse.Namespace) -> Iterator[Reading]:
+    """`{peer, pivotal}` readings, round by round; the two take turns at going first."""
     peers = PEERS[suite] + (LLAMA_CPP if suite == "generate" and arguments.llama_cpp else [])
-    found: list[Reading] = []
-    for round_number in range(arguments.rounds):
-        ours = run_pivotal(suite, data, arguments) if round_number % 2 == 0 else []
-        theirs = [run_peer(which, data, arguments, suite) for which in peers]
-        ours = ours or run_pivotal(suite, data, arguments)
+    for number in range(arguments.rounds):
+        ours = attempt(run_pivotal, suite, data, arguments) if number % 2 == 0 else []
+        theirs = [attempt(run_peer, which, data, arguments, suite) for which in peers]
+        ours = ours or attempt(run_pivotal, suite, data, arguments)
         for which, reading in zip(peers, theirs, strict=True):
-            beside = [one for one in ours if one["variant"].startswith(which.variant)]
-            if len(beside) != 1:
-                raise SystemExit(f"{len(beside)} of Pivotal's measurements of {suite} begin with `{which.variant}`")
-            counts = [one.get("pairs") or one.get("sequences") for one in (beside[0], reading)]
-            if suite != "generate" and counts[0] != counts[1]:
-                raise SystemExit(f"{suite}: Pivotal took {counts[0]} rows, {which.tool} {counts[1]}")
-            if suite == "generate" and beside[0]["tokens"] != reading["tokens"]:
-                raise SystemExit(f"{suite}: {beside[0]['tokens']} new tokens against {reading['tokens']}")
-            found.append({"suite": suite, "tool": which.tool, "round": round_number, "variant": beside[0]["variant"],
-                          "pivotal": beside[0], "peer": reading})  # fmt: skip
-    return found
+            mine = ours if tables.failed(ours) else attempt(beside, ours, which)
+            if not tables.failed(mine) and not tables.failed(reading):
+                reading = attempt(same_work, suite, mine, reading)
+            yield {"suite": suite, "tool": which.tool, "round": number, "variant": which.variant,
+                   "pivotal": mine, "peer": reading}  # fmt: skip
 
 
-def middle(values: list[float], digits: int) -> str:
-    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f}–{max(values):,.{digits}f})"
+def gib(text: str) -> float:
+    """So many GiB, where they can be had without another process losing its own."""
+    wanted = float(text)
+    lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) / 2**20
+    if not 0 <= wanted < available:
+        raise argparse.ArgumentTypeError(f"{wanted} GiB, of which {available:.1f} are available")
+    return wanted
 
 
-def table(readings: list[Reading]) -> str:
-    lines = [
-        "| suite | peer | measure | Pivotal | peer | ratio | peak memory, GB | its ratio | tokens | peer's |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    keys = dict.fromkeys((one["suite"], one["variant"], one["tool"]) for one in readings)
-    for suite, variant, tool in keys:
-        rows = [one for one in readings if (one["suite"], one["variant"], one["tool"]) == (suite, variant, tool)]
-        names = ["pairs/s"] if suite != "generate" else ["tokens/s, decoding", "tokens/s, with prefill"]
-        ours_peak, theirs_peak = ([one[side]["peak_bytes"] for one in rows] for side in ("pivotal", "peer"))
-        for name in names:
-            ours, theirs = ([METRICS[name](one[side]) for one in rows] for side in ("pivotal", "peer"))
-            digits = 2 if name == "pairs/s" else 0
-            ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
-            memory = [other / mine for mine, other in zip(ours_peak, theirs_peak, strict=True)]
-            lines.append(
-                f"| {suite}, {variant} | {tool} | {'responses/s' if suite == 'sft' else name} "
-                f"| {middle(ours, digits)} | {middle(theirs, digits)} | **{middle(ratios, 2)}** "
-                f"| {statistics.median(ours_peak) / 1e9:.2f} against {statistics.median(theirs_peak) / 1e9:.2f} "
-                f"| {middle(memory, 1)} | {rows[0]['pivotal']['tokens']:,} | {rows[0]['peer']['tokens']:,} |"
-            )
-    return "\n".join(lines)
-
-
-def shares(readings: list[Reading]) -> str:
-    lines = []
-    for suite, variant in dict.fromkeys((one["suite"], one["variant"]) for one in readings):
-        rows = [one["pivotal"] for one in readings if (one["suite"], one["variant"]) == (suite, variant)]
-        found = [row["share_of_ceiling"] for row in rows if row.get("share_of_ceiling") is not None]
-        if found:
-            percent = middle([100 * share for share in found], 0)
-            lines.append(f"Pivotal, {suite}, {variant}: {percent} % of its own ceiling.")
-    return "\n".join(lines)
-
-
-def main() -> None:
+def arguments_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("suites", nargs="+", choices=list(PEERS), metavar="SUITE")
     parser.add_argument("--share", type=pathlib.Path, required=True, help="what setup.sh left: VENV/share/peers")
@@ -187,30 +190,47 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--keep", default="all", help="share of response tokens that Pivotal's loss uses")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--limit", type=int, default=0, help="rows, evenly spread; 0 takes all")
+    parser.add_argument("--limit", type=int, default=0, help="rows, evenly spread, in whole batches; 0 takes all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--llama-cpp", action="store_true", help="llama.cpp beside transformers in `generate`")
     parser.add_argument("--peer-arguments", default="", help="further arguments of the TRL scripts")
+    parser.add_argument("--touch", type=gib, default=0.0, metavar="GIB", help="touch this much memory before a reading")
     arguments = parser.parse_args()
+    if not arguments.pivotal.is_file():
+        parser.error(f"{arguments.pivotal} is not there: build it, or name another with --pivotal")
+    return arguments
 
-    found: list[Reading] = []
-    with tempfile.TemporaryDirectory() as directory:
-        data = subset(arguments, directory)
-        ceilings = [ceiling(arguments.threads)]
-        for suite in arguments.suites:
-            found += measure(suite, data, arguments)
-            ceilings.append(ceiling(arguments.threads))
+
+def main() -> None:
+    arguments = arguments_of()
+    length = rows.Length(arguments.share / "model" / arguments.precision)
+    read = peer.read_rows(arguments.share / "pairs.jsonl")
+    taken, choice = rows.choose(read, length, arguments.max_tokens, arguments.batch, arguments.limit)
     # Paths are one machine's own.
     settings = {name: value for name, value in vars(arguments).items() if not isinstance(value, pathlib.Path)}
+    ceilings: list[Reading] = []
+    found: list[Reading] = []
     content = {"machine": platform.processor() or platform.machine(), "settings": settings,
-               "torch_ceilings_gflops": ceilings, "readings": found}  # fmt: skip
-    arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"{arguments.precision}, keep {arguments.keep}, {arguments.rounds} rounds, {arguments.threads} threads\n")
-    print(table(found) + "\n")
-    print(shares(found))
-    for shape in ceilings[0][arguments.precision]:
-        readings = [one[arguments.precision][shape] for one in ceilings]
-        print(f"PyTorch's {arguments.precision} product {shape}: {middle(readings, 0)} GFLOP/s.")
+               "rows": dataclasses.asdict(choice), "torch_ceilings_gflops": ceilings, "readings": found}  # fmt: skip
+    with tempfile.TemporaryDirectory() as directory:
+        data = pathlib.Path(directory) / "rows.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in taken), encoding="utf-8")
+        try:
+            ceilings.append(attempt(run_ceiling, arguments))
+            for suite in arguments.suites:
+                for reading in measure(suite, data, arguments):
+                    found.append(reading)
+                ceilings.append(attempt(run_ceiling, arguments))
+        finally:
+            arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"{arguments.precision}, keep {arguments.keep}, {arguments.rounds} rounds, {arguments.threads} threads. "
+          f"{choice.sentence()}\n")  # fmt: skip
+    print(tables.table(found) + "\n")
+    print(tables.shares(found))
+    print(tables.ceilings(ceilings, arguments.precision))
+    if failures := tables.failures(found, ceilings):
+        print("\n" + "\n".join(failures))
+        raise SystemExit(f"{len(failures)} readings failed")
 
 
 if __name__ == "__main__":

