@@ -164,21 +164,40 @@ pub(crate) struct Block {
     pub(crate) columns: usize,
     /// Whether the sums begin with what is there.
     pub(crate) add: bool,
+    /// Whether the right operand comes from memory, so that asking for it early pays. From the caches it costs.
+    pub(crate) streams: bool,
 }
 
 /// A function for a block of so many tiles: one or two below each other, one to three beside each other.
 macro_rules! block_kernel {
     ($name:ident, zero $zero:tt, load $load:tt, step $step:tt, store $store:tt) => {
+        block_kernel!($name, fetch [], zero $zero, load $load, step $step, store $store);
+    };
+    ($name:ident and $streaming:ident, zero $zero:tt, load $load:tt, step $step:tt, store $store:tt) => {
+        block_kernel!($name, fetch [], zero $zero, load $load, step $step, store $store);
+        // The 48 lines that three right tiles take, 8 KiB ahead: past a panel's end it is the next panel's.
+        block_kernel!(
+            $streaming,
+            fetch [
+                ".irp at, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23"
+                "prefetcht0 [{right} + 8192 + 64 * \\at]"
+                "prefetcht0 [{right} + 8192 + 1536 + 64 * \\at]"
+                ".endr"
+            ],
+            zero $zero, load $load, step $step, store $store
+        );
+    };
+    ($name:ident, fetch $fetch:tt, zero $zero:tt, load $load:tt, step $step:tt, store $store:tt) => {
         /// # Safety
         /// As for [`multiply`], and the block of sums is all the tiles'.
         unsafe fn $name(pieces: &[Piece], out: *mut f32, stride: usize, add: bool) {
             // SAFETY: the instructions are there and the tiles configured, for there is a `Tiles`; what the pieces and the
             // block name is the caller's.
-            unsafe { block_kernel!(@asm pieces, out, stride, add, $zero, $load, $step, $store) }
+            unsafe { block_kernel!(@asm pieces, out, stride, add, $fetch, $zero, $load, $step, $store) }
         }
     };
     (@asm $pieces:ident, $out:ident, $stride:ident, $add:ident,
-     [$($zero:literal)*], [$($load:literal)*], [$($step:literal)*], [$($store:literal)*]) => {
+     [$($fetch:literal)*], [$($zero:literal)*], [$($load:literal)*], [$($step:literal)*], [$($store:literal)*]) => {
         asm!(
             "test {tiles}, {tiles}",
             "jnz 2f",
@@ -200,6 +219,7 @@ macro_rules! block_kernel {
             "test {tiles}, {tiles}",
             "jz 7f",
             "5:",
+            $($fetch,)*
             $($step,)*
             "add {left}, {left_tile}",
             "add {below}, {left_tile}",
@@ -233,7 +253,7 @@ macro_rules! block_kernel {
     };
 }
 
-block_kernel!(two_by_three,
+block_kernel!(two_by_three and two_by_three_streaming,
     zero ["tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3" "tilezero tmm4" "tilezero tmm5"],
     load [
         "tileloadd tmm0, [{out} + {stride}]" "tileloadd tmm1, [{out} + {stride} + 64]"
@@ -285,7 +305,7 @@ block_kernel!(two_by_one,
     store ["tilestored [{out} + {stride}], tmm0" "tilestored [{below_out} + {stride}], tmm1"]
 );
 
-block_kernel!(one_by_three,
+block_kernel!(one_by_three and one_by_three_streaming,
     zero ["tilezero tmm0" "tilezero tmm1" "tilezero tmm2"],
     load [
         "tileloadd tmm0, [{out} + {stride}]" "tileloadd tmm1, [{out} + {stride} + 64]"
@@ -341,12 +361,15 @@ pub(crate) unsafe fn multiply(_: &Tiles, pieces: &[Piece], block: Block) {
         rows,
         columns,
         add,
+        streams,
     } = block;
     debug_assert!((1..=BLOCK_ROWS).contains(&rows) && (1..=COLUMNS).contains(&columns));
     let kernel = match (rows > TILE_ROWS, columns.div_ceil(TILE_ROWS)) {
+        (true, 3) if streams => two_by_three_streaming,
         (true, 3) => two_by_three,
         (true, 2) => two_by_two,
         (true, _) => two_by_one,
+        (false, 3) if streams => one_by_three_streaming,
         (false, 3) => one_by_three,
         (false, 2) => one_by_two,
         (false, _) => one_by_one,

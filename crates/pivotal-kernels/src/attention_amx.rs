@@ -83,6 +83,7 @@ pub(crate) fn product(
                 rows: block_rows,
                 columns: COLUMNS.min(columns - column),
                 add,
+                streams: false,
             };
             // SAFETY: both halves of `words` hold `depth` tiles; `whole` tiles of `right` and one of `rest` are there by the
             // assertions, and so are the rows of `out`.

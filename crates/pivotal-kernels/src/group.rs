@@ -83,6 +83,8 @@ struct Tile {
     stride: usize,
     columns: usize,
     add: bool,
+    /// Whether the right panels are read from memory rather than from the caches, by the first rows.
+    streams: bool,
 }
 
 /// Computes `jobs` into an output of `rows` rows, `stride` apart. The jobs' columns must not overlap.
@@ -157,6 +159,7 @@ pub(crate) unsafe fn multiply_jobs_at(
                         stride,
                         columns: COLUMNS.min(job.columns - column),
                         add: store == Store::Add,
+                        streams: rows <= MOST_FEW_ROWS,
                     };
                     multiply_panel(
                         job.segments,
@@ -339,6 +342,7 @@ unsafe fn multiply_run_amx(
                 rows: block_rows,
                 columns: tile.columns,
                 add: tile.add,
+                streams: tile.streams && row == rows.start,
             };
             amx::multiply(tiles, &pieces[..run.len()], block);
         }

@@ -6,6 +6,9 @@
 #[cfg(target_arch = "x86_64")]
 use crate::key_values_avx512;
 use crate::lanes::{LANES, Lanes, exp_shifted, maximum, sum};
+use crate::matmul::Precision;
+#[cfg(target_arch = "x86_64")]
+use crate::matmul::bf16_available;
 use crate::parallel::{SharedOut, check_len, for_each_block, with_scratch};
 use crate::plan::AttentionShape;
 use crate::processor::{Processor, processor};
@@ -25,10 +28,99 @@ pub struct KeyValues {
     kv_heads: usize,
     head_dim: usize,
     tokens: usize,
+    stored: Stored,
+}
+
+#[derive(Clone, Debug)]
+enum Stored {
+    F32(Laid<f32>),
+    /// Rounded, which halves what a step reads. Only where there is AVX-512, which widens them on the way.
+    #[cfg(target_arch = "x86_64")]
+    Bf16(Laid<Bf16>),
+}
+
+#[derive(Clone, Debug, Default)]
+struct Laid<T> {
     /// `[blocks, kv_heads, head_dim, 16]`; positions not yet there are zero.
-    keys: Vec<f32>,
+    keys: Vec<T>,
     /// `[blocks, kv_heads, 16, padded head_dim]`.
-    values: Vec<f32>,
+    values: Vec<T>,
+}
+
+/// The upper half of an f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub(crate) struct Bf16(u16);
+
+/// What a cache holds elements as.
+trait Element: Copy + Default {
+    fn of(value: f32) -> Self;
+}
+
+impl Element for f32 {
+    fn of(value: f32) -> Self {
+        value
+    }
+}
+
+impl Element for Bf16 {
+    /// To nearest, ties to even; NaN stays NaN.
+    fn of(value: f32) -> Self {
+        let bits = value.to_bits();
+        if value.is_nan() {
+            return Self((bits >> 16) as u16 | 0x40);
+        }
+        Self(((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16)
+    }
+}
+
+impl<T: Element> Laid<T> {
+    /// Appends rows of `kv_heads` heads of `head_dim` elements after `tokens` positions.
+    fn extend(
+        &mut self,
+        tokens: usize,
+        [kv_heads, head_dim]: [usize; 2],
+        keys: &[f32],
+        values: &[f32],
+    ) {
+        let (width, padded) = (kv_heads * head_dim, padded(head_dim));
+        let blocks = (tokens + keys.len() / width).div_ceil(BLOCK);
+        self.keys.resize(blocks * BLOCK * width, T::default());
+        self.values
+            .resize(blocks * BLOCK * kv_heads * padded, T::default());
+        let rows = keys.chunks_exact(width).zip(values.chunks_exact(width));
+        for (token, (key, value)) in (tokens..).zip(rows) {
+            let (block, lane) = (token / BLOCK, token % BLOCK);
+            let heads = key.chunks_exact(head_dim).zip(value.chunks_exact(head_dim));
+            for (head, (key, value)) in heads.enumerate() {
+                let index = (block * kv_heads + head) * BLOCK;
+                let keys = &mut self.keys[index * head_dim + lane..];
+                for (to, &key) in keys.iter_mut().step_by(BLOCK).zip(key) {
+                    *to = T::of(key);
+                }
+                let values = &mut self.values[(index + lane) * padded..][..head_dim];
+                for (to, &value) in values.iter_mut().zip(value) {
+                    *to = T::of(value);
+                }
+            }
+        }
+    }
+}
+
+impl<T> Laid<T> {
+    fn block(&self, [kv_heads, head_dim]: [usize; 2], block: usize, head: usize) -> (&[T], &[T]) {
+        let index = (block * kv_heads + head) * BLOCK;
+        let (keys, values) = (BLOCK * head_dim, BLOCK * padded(head_dim));
+        (
+            &self.keys[index * head_dim..][..keys],
+            &self.values[index * padded(head_dim)..][..values],
+        )
+    }
+}
+
+/// A head's width in the values: whole vectors, of either path.
+fn padded(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(2 * LANES)
 }
 
 /// What one sequence attends to: a prefix that other sequences may share, then its own tokens.
@@ -41,26 +133,33 @@ pub struct StepContext<'a> {
 }
 
 impl KeyValues {
-    /// An empty cache.
+    /// An empty cache. With [`Precision::Bf16`] it rounds what it is given to bf16, as products with bf16 operands do, where
+    /// the processor has those.
     #[must_use]
-    pub fn new(shape: AttentionShape) -> Self {
+    pub fn new(shape: AttentionShape, precision: Precision) -> Self {
         shape.check();
         Self {
             kv_heads: shape.kv_heads,
             head_dim: shape.head_dim,
             tokens: 0,
-            keys: Vec::new(),
-            values: Vec::new(),
+            stored: match precision {
+                #[cfg(target_arch = "x86_64")]
+                Precision::Bf16 if bf16_available() => Stored::Bf16(Laid::default()),
+                _ => Stored::F32(Laid::default()),
+            },
         }
     }
 
-    /// An empty cache of the same shape.
+    /// An empty cache of the same shape and precision.
     #[must_use]
     pub fn emptied(&self) -> Self {
         Self {
             tokens: 0,
-            keys: Vec::new(),
-            values: Vec::new(),
+            stored: match self.stored {
+                Stored::F32(_) => Stored::F32(Laid::default()),
+                #[cfg(target_arch = "x86_64")]
+                Stored::Bf16(_) => Stored::Bf16(Laid::default()),
+            },
             ..*self
         }
     }
@@ -86,48 +185,25 @@ impl KeyValues {
             "{} elements are not whole rows of {width}",
             keys.len()
         );
-        let blocks = (self.tokens + keys.len() / width).div_ceil(BLOCK);
-        self.keys.resize(blocks * BLOCK * width, 0.0);
-        self.values
-            .resize(blocks * BLOCK * self.kv_heads * self.padded(), 0.0);
-        for (key, value) in keys.chunks_exact(width).zip(values.chunks_exact(width)) {
-            let (block, lane) = (self.tokens / BLOCK, self.tokens % BLOCK);
-            let heads = key
-                .chunks_exact(self.head_dim)
-                .zip(value.chunks_exact(self.head_dim));
-            for (head, (key, value)) in heads.enumerate() {
-                let (keys, values) = self.at(block, head);
-                for (at, &key) in (keys + lane..).step_by(BLOCK).zip(key) {
-                    self.keys[at] = key;
-                }
-                let values = values + lane * self.padded();
-                self.values[values..][..self.head_dim].copy_from_slice(value);
-            }
-            self.tokens += 1;
+        let (tokens, sizes) = (self.tokens, self.sizes());
+        match &mut self.stored {
+            Stored::F32(laid) => laid.extend(tokens, sizes, keys, values),
+            #[cfg(target_arch = "x86_64")]
+            Stored::Bf16(laid) => laid.extend(tokens, sizes, keys, values),
         }
+        self.tokens += keys.len() / width;
     }
 
-    /// A head's width in `values`: whole vectors.
+    fn sizes(&self) -> [usize; 2] {
+        [self.kv_heads, self.head_dim]
+    }
+
     fn padded(&self) -> usize {
-        self.head_dim.next_multiple_of(LANES)
-    }
-
-    /// Where a block's keys and values of one head begin.
-    fn at(&self, block: usize, head: usize) -> (usize, usize) {
-        let index = (block * self.kv_heads + head) * BLOCK;
-        (index * self.head_dim, index * self.padded())
+        padded(self.head_dim)
     }
 
     fn blocks(&self) -> usize {
         self.tokens.div_ceil(BLOCK)
-    }
-
-    fn block(&self, block: usize, head: usize) -> (&[f32], &[f32]) {
-        let (keys, values) = self.at(block, head);
-        (
-            &self.keys[keys..][..BLOCK * self.head_dim],
-            &self.values[values..][..BLOCK * self.padded()],
-        )
     }
 }
 
@@ -144,9 +220,10 @@ impl KeyValues {
 ///
 /// # Examples
 /// ```
-/// use pivotal_kernels::{AttentionShape, KeyValues, StepContext, attend_step};
+/// use pivotal_kernels::{AttentionShape, KeyValues, Precision, StepContext, attend_step};
 /// let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: 1 };
-/// let (mut prefix, mut own) = (KeyValues::new(shape), KeyValues::new(shape));
+/// let empty = KeyValues::new(shape, Precision::F32);
+/// let (mut prefix, mut own) = (empty.clone(), empty);
 /// prefix.extend(&[0.0], &[1.0]);
 /// own.extend(&[0.0], &[3.0]);
 /// let mut out = [0.0];
@@ -305,13 +382,19 @@ fn score_all(
     scores: &mut [f32],
     stride: usize,
     first: usize,
-    wide: bool,
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))] wide: bool,
 ) {
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = wide;
     for block in 0..cache.blocks() {
-        let (keys, _) = cache.block(block, head);
         let at = first + block * BLOCK;
+        let keys = match &cache.stored {
+            Stored::F32(laid) => laid.block(cache.sizes(), block, head).0,
+            #[cfg(target_arch = "x86_64")]
+            Stored::Bf16(laid) => {
+                let (keys, _) = laid.block(cache.sizes(), block, head);
+                key_values_avx512::score(queries, keys, scores, stride, at);
+                continue;
+            }
+        };
         #[cfg(target_arch = "x86_64")]
         if wide {
             key_values_avx512::score(queries, keys, scores, stride, at);
@@ -362,22 +445,27 @@ fn add_all(
     stride: usize,
     first: usize,
     sums: &mut [f32],
-    wide: bool,
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))] wide: bool,
 ) {
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = wide;
     let padded = cache.padded();
     let queries = sums.len() / padded;
     for block in 0..cache.blocks() {
-        let (_, values) = cache.block(block, head);
         let tokens = BLOCK.min(cache.tokens - block * BLOCK);
-        let values = &values[..tokens * padded];
+        let values = match &cache.stored {
+            Stored::F32(laid) => &laid.block(cache.sizes(), block, head).1[..tokens * padded],
+            #[cfg(target_arch = "x86_64")]
+            Stored::Bf16(laid) => {
+                let (_, values) = laid.block(cache.sizes(), block, head);
+                let weights = &weights[first + block * BLOCK..];
+                key_values_avx512::add(&values[..tokens * padded], weights, stride, sums, padded);
+                continue;
+            }
+        };
         #[cfg(target_arch = "x86_64")]
         if wide {
             let weights = &weights[first + block * BLOCK..];
-            if key_values_avx512::add(values, weights, stride, sums, padded) {
-                continue;
-            }
+            key_values_avx512::add(values, weights, stride, sums, padded);
+            continue;
         }
         for row in (0..queries).step_by(QUERIES) {
             let sums = &mut sums[row * padded..];
@@ -441,13 +529,22 @@ fn add_columns<const Q: usize, const V: usize>(
 mod tests {
     use super::*;
     use crate::cached::{CachedContext, attend_cached};
-    use crate::testing::{assert_close, on_each, on_threads, random, widen};
+    use crate::testing::{assert_close, on_each, on_each_vector, on_threads, random, widen};
 
     // Two f32 softmaxes over up to 150 keys, summed in different orders.
     const TOLERANCE: f64 = 2e-6;
 
     fn filled(shape: AttentionShape, keys: &[f32], values: &[f32]) -> KeyValues {
-        let mut cache = KeyValues::new(shape);
+        filled_in(Precision::F32, shape, keys, values)
+    }
+
+    fn filled_in(
+        precision: Precision,
+        shape: AttentionShape,
+        keys: &[f32],
+        values: &[f32],
+    ) -> KeyValues {
+        let mut cache = KeyValues::new(shape, precision);
         // In two parts, so that a block is filled up.
         let cut = keys.len() / shape.key_width() / 3 * shape.key_width();
         cache.extend(&keys[..cut], &values[..cut]);
@@ -593,6 +690,64 @@ mod tests {
         for (at, context) in contexts.iter().enumerate() {
             let row = at * shape.query_width()..(at + 1) * shape.query_width();
             assert_eq!(run(&q[row.clone()], &[*context]), all[row]);
+        }
+    }
+
+    #[test]
+    fn bf16_is_the_same_attention_over_rounded_keys_and_values() {
+        let shape = AttentionShape {
+            heads: 6,
+            kv_heads: 2,
+            head_dim: 20,
+        };
+        let width = shape.key_width();
+        let (keys, values) = (random(50 * width, 1), random(50 * width, 2));
+        let rounded = |x: &[f32]| -> Vec<f32> {
+            let upper = |x: &f32| f32::from_bits(u32::from(Bf16::of(*x).0) << 16);
+            x.iter().map(upper).collect()
+        };
+        let q = random(2 * shape.query_width(), 3);
+        let attend = |precision, keys: &[f32], values: &[f32]| {
+            let (prefix, own) = (37 * width, 13 * width);
+            let prefix_cache = filled_in(precision, shape, &keys[..prefix], &values[..prefix]);
+            let own_cache = filled_in(precision, shape, &keys[prefix..], &values[prefix..]);
+            assert_eq!(own, keys.len() - prefix);
+            let context = StepContext {
+                prefix: &prefix_cache,
+                own: &own_cache,
+            };
+            let mut out = vec![f32::NAN; q.len()];
+            attend_step(shape, &q, &[context, context], &mut out);
+            out
+        };
+        on_each_vector(|| {
+            let got = attend(Precision::Bf16, &keys, &values);
+            assert_eq!(
+                got,
+                attend(Precision::F32, &rounded(&keys), &rounded(&values))
+            );
+            assert_ne!(got, attend(Precision::F32, &keys, &values));
+        });
+    }
+
+    #[test]
+    fn rounding_to_bf16_is_to_nearest_even_and_keeps_nan() {
+        let cases = [
+            (1.0, 0x3f80),
+            (1.0 + 1.0 / 256.0, 0x3f80),
+            (1.0 + 3.0 / 256.0, 0x3f82),
+            (1.0 + 5.0 / 1024.0, 0x3f81),
+            (f32::INFINITY, 0x7f80),
+            (f32::MAX, 0x7f80),
+            (-0.0, 0x8000),
+        ];
+        for (value, bits) in cases {
+            assert_eq!(Bf16::of(value), Bf16(bits), "{value}");
+        }
+        let quiet = f32::from_bits(0x7fff_ffff);
+        let signalling = f32::from_bits(0x7f80_0001);
+        for nan in [quiet, signalling, -quiet] {
+            assert!(f32::from_bits(u32::from(Bf16::of(nan).0) << 16).is_nan());
         }
     }
 }

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 /// Scalar operations below which handing work to another thread costs more than it saves (a rayon join is a few
 /// microseconds; a core does about 10 such operations a nanosecond).
-pub(crate) const SERIAL_WORK: usize = 1 << 15;
+pub(crate) const SERIAL_WORK: usize = 1 << 16;
 
 /// Runs `body` over `0..count` in blocks of `block`, in parallel when `work` (about the number of multiply-adds) is worth it.
 /// The blocks are the same either way.

@@ -203,7 +203,7 @@ impl Generator {
                 let read = spans.par_iter().zip(layers.par_iter_mut());
                 read.for_each(|(span, layers): (_, &mut Vec<KeyValues>)| {
                     let own = span.start * width..(span.start + span.len) * width;
-                    let mut cache = KeyValues::new(self.attention_shape());
+                    let mut cache = KeyValues::new(self.attention_shape(), self.precision());
                     cache.extend(&k[own.clone()], &v[own]);
                     layers.push(cache);
                 });
