@@ -1,0 +1,225 @@
+//! Against the plain cache, and what changes no bit.
+
+use super::*;
+use crate::cached::{CachedContext, attend_cached};
+use crate::testing::{assert_close, on_each, on_each_vector, on_threads, random, widen};
+
+// Two f32 softmaxes over up to 150 keys, summed in different orders.
+const TOLERANCE: f64 = 2e-6;
+
+fn filled(shape: AttentionShape, keys: &[f32], values: &[f32]) -> KeyValues {
+    filled_in(Precision::F32, shape, keys, values)
+}
+
+fn filled_in(
+    precision: Precision,
+    shape: AttentionShape,
+    keys: &[f32],
+    values: &[f32],
+) -> KeyValues {
+    let mut cache = KeyValues::new(shape, precision);
+    // In two parts, so that a block is filled up.
+    let cut = keys.len() / shape.key_width() / 3 * shape.key_width();
+    cache.extend(&keys[..cut], &values[..cut]);
+    cache.extend(&keys[cut..], &values[cut..]);
+    cache
+}
+
+/// Prefixes and own lengths around the block; the sequences with the same prefix are neighbours.
+const CONTEXTS: [(usize, usize); 9] = [
+    (0, 0),
+    (0, 1),
+    (37, 0),
+    (37, 15),
+    (37, 16),
+    (16, 17),
+    (63, 64),
+    (64, 65),
+    (65, 63),
+];
+
+#[test]
+fn agrees_with_the_plain_cache_row_by_row() {
+    for (heads, kv_heads, head_dim) in [(1, 1, 5), (3, 1, 8), (9, 3, 64), (16, 2, 20)] {
+        let shape = AttentionShape {
+            heads,
+            kv_heads,
+            head_dim,
+        };
+        let width = shape.key_width();
+        let raw: Vec<_> = CONTEXTS
+            .iter()
+            .enumerate()
+            .map(|(at, &(prefix, own))| {
+                let seed = at as u64;
+                let of = |len, part| random(len * width, 4 * seed + part);
+                (of(prefix, 0), of(prefix, 1), of(own, 2), of(own, 3))
+            })
+            .collect();
+        let caches: Vec<_> = raw
+            .iter()
+            .map(|(pk, pv, k, v)| (filled(shape, pk, pv), filled(shape, k, v)))
+            .collect();
+        let contexts: Vec<_> = caches
+            .iter()
+            .map(|(prefix, own)| StepContext { prefix, own })
+            .collect();
+        let plain: Vec<_> = raw
+            .iter()
+            .map(|(prefix_keys, prefix_values, keys, values)| CachedContext {
+                prefix_keys,
+                prefix_values,
+                keys,
+                values,
+            })
+            .collect();
+        let q: Vec<f32> = random(contexts.len() * shape.query_width(), 99)
+            .iter()
+            .map(|x| x * 4.0)
+            .collect();
+        let (mut fast, mut slow) = (vec![f32::NAN; q.len()], vec![f32::NAN; q.len()]);
+        attend_step(shape, &q, &contexts, &mut fast);
+        attend_cached(shape, &q, &plain, &mut slow);
+        assert_close("step", &fast, &widen(&slow), TOLERANCE);
+        assert!(fast[..shape.query_width()].iter().all(|&x| x == 0.0));
+    }
+}
+
+#[test]
+fn every_path_gives_the_same_bits() {
+    for (heads, kv_heads, head_dim) in [(9, 3, 64), (7, 1, 24), (16, 2, 16)] {
+        let shape = AttentionShape {
+            heads,
+            kv_heads,
+            head_dim,
+        };
+        let width = shape.key_width();
+        let cache = |len: usize, seed| {
+            let keys = random(len * width, seed);
+            filled(shape, &keys, &random(len * width, seed + 1))
+        };
+        let prefix = cache(37, 5);
+        let own: Vec<KeyValues> = (0..11).map(|len| cache(3 * len, len as u64)).collect();
+        let contexts: Vec<_> = own
+            .iter()
+            .map(|own| StepContext {
+                prefix: &prefix,
+                own,
+            })
+            .collect();
+        let q = random(contexts.len() * shape.query_width(), 3);
+        let results = std::sync::Mutex::new(Vec::new());
+        on_each(|| {
+            let mut out = vec![f32::NAN; q.len()];
+            attend_step(shape, &q, &contexts, &mut out);
+            results.lock().unwrap().push(out);
+        });
+        let results = results.into_inner().unwrap();
+        assert!(results.iter().all(|out| *out == results[0]));
+    }
+}
+
+#[test]
+fn neither_company_nor_threads_change_a_bit() {
+    let shape = AttentionShape {
+        heads: 6,
+        kv_heads: 2,
+        head_dim: 24,
+    };
+    let width = shape.key_width();
+    let prefixes = [45, 80].map(|len| {
+        filled(
+            shape,
+            &random(len * width, len as u64),
+            &random(len * width, 7),
+        )
+    });
+    let own: Vec<KeyValues> = (1..24)
+        .map(|len| {
+            filled(
+                shape,
+                &random(len * width, len as u64),
+                &random(len * width, 9),
+            )
+        })
+        .collect();
+    // Eleven neighbours share the first prefix, more than a task has.
+    let contexts: Vec<_> = own
+        .iter()
+        .enumerate()
+        .map(|(at, own)| StepContext {
+            prefix: &prefixes[usize::from(at >= 11)],
+            own,
+        })
+        .collect();
+    let q = random(contexts.len() * shape.query_width(), 3);
+    let run = |q: &[f32], contexts: &[StepContext<'_>]| {
+        let mut out = vec![f32::NAN; q.len()];
+        attend_step(shape, q, contexts, &mut out);
+        out
+    };
+    let all = on_threads(1, || run(&q, &contexts));
+    assert_eq!(all, on_threads(2, || run(&q, &contexts)));
+    for (at, context) in contexts.iter().enumerate() {
+        let row = at * shape.query_width()..(at + 1) * shape.query_width();
+        assert_eq!(run(&q[row.clone()], &[*context]), all[row]);
+    }
+}
+
+#[test]
+fn bf16_is_the_same_attention_over_rounded_keys_and_values() {
+    let shape = AttentionShape {
+        heads: 6,
+        kv_heads: 2,
+        head_dim: 20,
+    };
+    let width = shape.key_width();
+    let (keys, values) = (random(50 * width, 1), random(50 * width, 2));
+    let rounded = |x: &[f32]| -> Vec<f32> {
+        let upper = |x: &f32| f32::from_bits(u32::from(Bf16::of(*x).0) << 16);
+        x.iter().map(upper).collect()
+    };
+    let q = random(2 * shape.query_width(), 3);
+    let attend = |precision, keys: &[f32], values: &[f32]| {
+        let (prefix, own) = (37 * width, 13 * width);
+        let prefix_cache = filled_in(precision, shape, &keys[..prefix], &values[..prefix]);
+        let own_cache = filled_in(precision, shape, &keys[prefix..], &values[prefix..]);
+        assert_eq!(own, keys.len() - prefix);
+        let context = StepContext {
+            prefix: &prefix_cache,
+            own: &own_cache,
+        };
+        let mut out = vec![f32::NAN; q.len()];
+        attend_step(shape, &q, &[context, context], &mut out);
+        out
+    };
+    on_each_vector(|| {
+        let got = attend(Precision::Bf16, &keys, &values);
+        assert_eq!(
+            got,
+            attend(Precision::F32, &rounded(&keys), &rounded(&values))
+        );
+        assert_ne!(got, attend(Precision::F32, &keys, &values));
+    });
+}
+
+#[test]
+fn rounding_to_bf16_is_to_nearest_even_and_keeps_nan() {
+    let cases = [
+        (1.0, 0x3f80),
+        (1.0 + 1.0 / 256.0, 0x3f80),
+        (1.0 + 3.0 / 256.0, 0x3f82),
+        (1.0 + 5.0 / 1024.0, 0x3f81),
+        (f32::INFINITY, 0x7f80),
+        (f32::MAX, 0x7f80),
+        (-0.0, 0x8000),
+    ];
+    for (value, bits) in cases {
+        assert_eq!(Bf16::of(value), Bf16(bits), "{value}");
+    }
+    let quiet = f32::from_bits(0x7fff_ffff);
+    let signalling = f32::from_bits(0x7f80_0001);
+    for nan in [quiet, signalling, -quiet] {
+        assert!(f32::from_bits(u32::from(Bf16::of(nan).0) << 16).is_nan());
+    }
+}
