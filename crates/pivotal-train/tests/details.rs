@@ -124,6 +124,27 @@ fn detail_11_cached_reference_log_probabilities_are_the_fresh_ones() {
     assert_ne!(of(&longer, "weights")[0][0].len(), first[0][0].len());
     of(&pairs, "other weights");
     assert_eq!(files(), 3);
+    // So are a prompt that only begins alike, one other id of a response, and the same ids cut elsewhere.
+    let changes: [fn(&mut TokenizedPair); 4] = [
+        |pair| pair.prompt[2] = 8,
+        |pair| pair.chosen[1] = 45,
+        |pair| pair.rejected[1] = 46,
+        |pair| {
+            let id = pair.chosen.pop().unwrap();
+            pair.rejected.insert(0, id);
+        },
+    ];
+    for (index, change) in changes.iter().enumerate() {
+        let mut other = pairs.clone();
+        change(&mut other[0]);
+        let found = of(&other, "weights");
+        assert_eq!(files(), 4 + index, "change {index} found another's file");
+        let groups: Vec<_> = other.iter().map(Group::of_pair).collect();
+        let fresh = token_logps(&reference, &groups, 64).unwrap();
+        for (found, fresh) in found.iter().zip(&fresh) {
+            assert_eq!(&found[..], &fresh[..], "change {index}");
+        }
+    }
     for entry in std::fs::read_dir(cache.path()).unwrap() {
         std::fs::write(entry.unwrap().path(), "rust").unwrap();
     }
