@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::activations::Activations;
 use crate::error::{Error, Result};
 use crate::optimizer::{GradientSum, NamedAdamW};
-use crate::score::values;
+use crate::score::{held, values};
 use crate::settings::OptimizerSettings;
 use shift::Shifts;
 
@@ -284,7 +284,7 @@ impl Drift {
     fn add(&mut self, gathers: &[Gather], policy: &Tensor<1>, reference: &Tensor<1>) -> Result<()> {
         let all = TokenMask::all(gathers.len());
         let estimates = kl_estimates(policy.clone().without_autodiff(), reference.clone(), &all)?;
-        let sum = |tensor| values(tensor).into_iter().map(f64::from).sum::<f64>();
+        let sum = |tensor| values(tensor).into_iter().map(held).sum::<f64>();
         self.tokens += gathers.len();
         self.k1 += sum(estimates.k1);
         self.k2 += sum(estimates.k2);

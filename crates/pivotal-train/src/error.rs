@@ -141,11 +141,15 @@ pub enum Error {
     },
     /// The credit rule needs a signal and there is none.
     #[error(
-        "selection `{selection}` needs a signal: give `--signals FILE` (see `pivotal annotate`), `chosen_signal` and `rejected_signal` columns in every row, or `--credit-selection all` for plain DPO"
+        "selection `{selection}` needs a signal: give `--signals FILE` (see `pivotal annotate`), {columns} in every row, or `--credit-selection all` for plain {plain}"
     )]
     NoSignal {
         /// The selection rule.
         selection: String,
+        /// The columns of the data that could hold one.
+        columns: &'static str,
+        /// What the recipe is without credit.
+        plain: &'static str,
     },
     /// Some rows have a signal and this one has none.
     #[error(

@@ -15,7 +15,7 @@ use pivotal_model::Decoder;
 use crate::error::{Error, Result};
 use crate::onpolicy::{MicroBatch, Minibatch, Rollout};
 use crate::optimizer::GradientSum;
-use crate::score::values;
+use crate::score::{held, values};
 use crate::settings::OptimizerSettings;
 
 mod recipe;
@@ -76,7 +76,7 @@ pub struct UpdateSums {
     pub clipped_dual: u64,
     /// Σ of the k3 estimate of KL(π_old‖π), in nats.
     pub kl_from_old: f64,
-    /// The largest |ratio − 1|.
+    /// The largest |ratio − 1|; 3.4e38, the largest that f32 holds, where the ratio overflows.
     pub ratio_deviation: f64,
 }
 
@@ -279,7 +279,7 @@ fn sums(terms: &PpoTerms, clipped_dual: Option<Tensor<1>>, keep: &TokenMask) -> 
         flags.iter().filter(|&&flag| flag == 1.0).count() as u64
     };
     let ratios = values(terms.ratio.clone());
-    let deviations = ratios.iter().map(|&ratio| f64::from((ratio - 1.0).abs()));
+    let deviations = ratios.iter().map(|&ratio| held((ratio - 1.0).abs()));
     let k3 = values(terms.kl_from_old.k3.clone());
     UpdateSums {
         loss: 0.0,
@@ -287,7 +287,7 @@ fn sums(terms: &PpoTerms, clipped_dual: Option<Tensor<1>>, keep: &TokenMask) -> 
         clipped_low: ones(&terms.clipped_low),
         clipped_high: ones(&terms.clipped_high),
         clipped_dual: clipped_dual.as_ref().map_or(0, ones),
-        kl_from_old: k3.iter().map(|&value| f64::from(value)).sum(),
+        kl_from_old: k3.iter().map(|&value| held(value)).sum(),
         ratio_deviation: deviations.fold(0.0, f64::max),
     }
 }

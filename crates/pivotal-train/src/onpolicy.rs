@@ -27,6 +27,7 @@ pub use command::CommandCheck;
 pub use credit::{OracleLogps, RolloutCredit, SignalInputs, masks};
 pub use evaluation::{Evaluation, Evaluator};
 pub use layout::{Cutting, Layout, MicroBatch, Minibatch, SamplingGap, gap};
+pub(crate) use prompts::prompt_warnings;
 pub use prompts::{Prompt, read_prompts};
 pub(crate) use record::finish_name;
 pub use record::{RolloutRecord, StepLog};

@@ -17,8 +17,10 @@ use crate::optimizer::{GradientSum, NamedAdamW};
 use crate::score::values;
 use crate::settings::{OptimizerSettings, RewardSettings};
 
+mod no_credit;
 mod recipe;
 
+pub use no_credit::{NoCredit, NoCreditFlags};
 pub use recipe::{RewardConfig, RewardRunFlags, Summary, train};
 
 /// One step's numbers: means over its pairs.

@@ -6,7 +6,7 @@
 //!   manifest.json     versions, seed, device, hashes of the inputs
 //!   metrics.jsonl     one line a step
 //!   tensorboard/      the same as TensorBoard events (`run.tensorboard`)
-//!   credit.jsonl      what credit made of every response (dpo)
+//!   credit.jsonl      what credit made of every response (sft, dpo)
 //!   checkpoints/      the last two
 //!   adapter/ model/   the result
 //!   summary.json      written last: the run is done

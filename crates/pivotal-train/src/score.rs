@@ -159,6 +159,15 @@ fn split(groups: &[Group<'_>], logps: &[f32]) -> Vec<Vec<Vec<f32>>> {
         .collect()
 }
 
+/// A number for the metrics, in which an infinite one would be null, which says that nothing was measured: what overflows f32
+/// counts as the largest that f32 can hold.
+pub(crate) fn held(value: f32) -> f64 {
+    f64::from(match value == f32::INFINITY {
+        true => f32::MAX,
+        false => value,
+    })
+}
+
 /// A tensor's values in host memory.
 pub(crate) fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor

@@ -471,26 +471,31 @@ impl AnnotateSettings {
     }
 }
 
+/// The flags of the `[credit]` table, with what they are unless given.
+pub(crate) fn credit_arguments(command: Command, defaults: &CreditConfig) -> Command {
+    let defaults = serde_json::to_value(defaults).unwrap_or_default();
+    CreditConfig::FIELDS.iter().fold(command, |command, field| {
+        let help = match defaults.get(field.key) {
+            Some(default) => crate::table::help(&[field.help], default),
+            None => field.help.to_owned(),
+        };
+        command.arg(
+            Arg::new(field.flag)
+                .long(field.flag)
+                .value_name("VALUE")
+                .help(help)
+                .help_heading("Credit"),
+        )
+    })
+}
+
 /// The flags that lie over the `[credit]` table: those that [`CreditConfig::FIELDS`] lists.
 #[derive(Clone, Debug, Default)]
 pub struct CreditFlags(Vec<(&'static str, String)>);
 
 impl clap::Args for CreditFlags {
     fn augment_args(command: Command) -> Command {
-        let defaults = serde_json::to_value(CreditConfig::default()).unwrap_or_default();
-        CreditConfig::FIELDS.iter().fold(command, |command, field| {
-            let help = match defaults.get(field.key) {
-                Some(default) => crate::table::help(&[field.help], default),
-                None => field.help.to_owned(),
-            };
-            command.arg(
-                Arg::new(field.flag)
-                    .long(field.flag)
-                    .value_name("VALUE")
-                    .help(help)
-                    .help_heading("Credit"),
-            )
-        })
+        credit_arguments(command, &CreditConfig::default())
     }
 
     fn augment_args_for_update(command: Command) -> Command {

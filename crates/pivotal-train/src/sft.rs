@@ -1,7 +1,8 @@
 //! Supervised fine-tuning on the kept tokens of each response.
 //!
 //! The loss is `-Σ M·log π / ΣM` with the denominator over the whole optimizer step, so that it does not depend on how
-//! the step is cut into micro-batches.
+//! the step is cut into micro-batches. M is the keep mask of segment credit under a positive sequence sign (METHOD, sections 6
+//! to 8), by default every token of the model's own: plain fine-tuning.
 
 use pivotal_core::{TokenMask, TokenizedResponse};
 use pivotal_data::{micro_batches, pack_responses};
@@ -14,9 +15,12 @@ use crate::optimizer::{GradientSum, NamedAdamW};
 use crate::score::values;
 use crate::settings::OptimizerSettings;
 
+mod credit;
 mod recipe;
+mod settings;
 
-pub use recipe::{SftConfig, SftFlags, Summary, train};
+pub use recipe::{SftConfig, SftFlags, SftStep, Summary, train};
+pub use settings::{SftCredit, SftCreditFlags, SftSettings, SftTableFlags};
 
 /// One step's numbers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -34,7 +38,9 @@ pub struct SftMetrics {
     pub lr: f64,
 }
 
-/// The gradients and numbers of one optimizer step over `items`.
+/// The gradients and numbers of one optimizer step over `items`, whose `response_mask` is M.
+///
+/// Where nothing is kept there is no gradient and the loss is 0; [`SftMetrics::kept_tokens`] says so.
 ///
 /// # Errors
 /// [`Error::NotFinite`] naming the responses; otherwise if a sequence does not fit the model.

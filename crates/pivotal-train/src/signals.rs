@@ -5,8 +5,8 @@ use std::path::Path;
 
 use pivotal_core::{CreditRecord, Side, Sign, TokenMask, TokenizedPair, read_file, write_atomic};
 use pivotal_credit::{
-    Credit, CreditConfig, Diagnostics, DiagnosticsReport, RecordSample, Response, ResponseCredit,
-    Selection, Signal, Thresholds, Weighting,
+    Credit, CreditConfig, CreditRule, Diagnostics, DiagnosticsReport, RecordSample, Response,
+    ResponseCredit, Selection, Signal, Thresholds, Weighting,
 };
 use pivotal_data::{External, Tokenizer};
 use pivotal_kernels::account::{Part, time};
@@ -14,7 +14,7 @@ use pivotal_kernels::account::{Part, time};
 use crate::error::{Error, Result};
 
 /// Tokens of at most this probability under the reference count as decisive in diagnostics.
-const DECISIVE_PROBABILITY: f64 = 0.9;
+pub(crate) const DECISIVE_PROBABILITY: f64 = 0.9;
 
 /// The two sides of a pair, in the order of every array of two in this crate.
 pub const SIDES: [Side; 2] = [Side::Chosen, Side::Rejected];
@@ -58,60 +58,109 @@ pub fn from_columns(external: &[Vec<External>]) -> Vec<PairSignals> {
 /// [`Error::Record`] with file and line; [`Error::NoRecord`] or [`Error::OtherTokens`] for a pair that the records do not
 /// fit.
 pub fn from_records(path: &Path, pairs: &[TokenizedPair]) -> Result<(Vec<PairSignals>, Signal)> {
-    let mut records: BTreeMap<(u64, Side), CreditRecord> = BTreeMap::new();
-    let mut names = BTreeSet::new();
-    for (index, record) in read_records(path)?.into_iter().enumerate() {
-        let fault = |what: &str| Error::Record {
-            path: path.into(),
-            line: index + 1,
-            what: what.to_owned(),
-        };
-        let side = record
-            .side
-            .ok_or_else(|| fault("`side` is null, expected chosen or rejected"))?;
-        names.insert(record.signal_name.clone());
-        if names.len() > 1 {
-            return Err(fault("`signal_name` differs from the records before"));
-        }
-        if records.insert((record.id, side), record).is_some() {
-            return Err(fault("this response has a record already"));
-        }
-    }
-    let name = names.pop_first().unwrap_or_default();
-    let signal = Signal::ALL
-        .iter()
-        .copied()
-        .find(|signal| signal.name() == name);
-    let signal = signal.ok_or_else(|| Error::Record {
-        path: path.into(),
-        line: 1,
-        what: format!("`signal_name` is `{name}`, expected a signal of this version"),
-    })?;
+    let mut records = RecordsByResponse::read(path, true)?;
     let mut signals = Vec::with_capacity(pairs.len());
     for pair in pairs {
         let mut found = PairSignals::default();
         for (index, side) in SIDES.into_iter().enumerate() {
-            let name = side_name(side);
-            let record = records
-                .remove(&(pair.id, side))
-                .ok_or_else(|| Error::NoRecord {
-                    path: path.into(),
-                    row: pair.id,
-                    side: name,
-                })?;
-            if record.token_ids != pair.response(side) {
-                return Err(Error::OtherTokens {
-                    path: path.into(),
-                    row: pair.id,
-                    side: name,
-                });
-            }
+            let record = records.take(pair.id, Some(side), pair.response(side))?;
             found.signal[index] = Some(record.signal);
             found.truth[index] = record.truth;
         }
         signals.push(found);
     }
-    Ok((signals, signal))
+    Ok((signals, records.signal))
+}
+
+/// A file of credit records, by the response that each is of.
+pub(crate) struct RecordsByResponse<'a> {
+    path: &'a Path,
+    records: BTreeMap<(u64, Option<Side>), CreditRecord>,
+    /// The signal that all of them hold.
+    pub(crate) signal: Signal,
+}
+
+impl<'a> RecordsByResponse<'a> {
+    /// Reads a file whose records are of pairs, or of responses that are in none.
+    ///
+    /// # Errors
+    /// [`Error::Record`] with file and line, [`Error::File`].
+    pub(crate) fn read(path: &'a Path, paired: bool) -> Result<Self> {
+        let mut records: BTreeMap<(u64, Option<Side>), CreditRecord> = BTreeMap::new();
+        let mut names = BTreeSet::new();
+        for (index, record) in read_records(path)?.into_iter().enumerate() {
+            let fault = |what: &str| Error::Record {
+                path: path.into(),
+                line: index + 1,
+                what: what.to_owned(),
+            };
+            match (record.side.is_some(), paired) {
+                (false, true) => return Err(fault("`side` is null, expected chosen or rejected")),
+                (true, false) => {
+                    return Err(fault(
+                        "`side` is that of a pair, expected null: a row of the data has one response",
+                    ));
+                }
+                _ => {}
+            }
+            names.insert(record.signal_name.clone());
+            if names.len() > 1 {
+                return Err(fault("`signal_name` differs from the records before"));
+            }
+            if records.insert((record.id, record.side), record).is_some() {
+                return Err(fault("this response has a record already"));
+            }
+        }
+        let name = names.pop_first().unwrap_or_default();
+        let signal = Signal::ALL
+            .iter()
+            .copied()
+            .find(|signal| signal.name() == name);
+        let signal = signal.ok_or_else(|| Error::Record {
+            path: path.into(),
+            line: 1,
+            what: format!("`signal_name` is `{name}`, expected a signal of this version"),
+        })?;
+        Ok(Self {
+            path,
+            records,
+            signal,
+        })
+    }
+
+    /// Whether there is a record of this response, not taken yet.
+    pub(crate) fn has(&self, row: u64, side: Option<Side>) -> bool {
+        self.records.contains_key(&(row, side))
+    }
+
+    /// Takes the record of this response out.
+    ///
+    /// # Errors
+    /// [`Error::NoRecord`]; [`Error::OtherTokens`] if it is of other tokens than `ids`.
+    pub(crate) fn take(
+        &mut self,
+        row: u64,
+        side: Option<Side>,
+        ids: &[u32],
+    ) -> Result<CreditRecord> {
+        let (path, name) = (self.path, side_name(side));
+        let record = self
+            .records
+            .remove(&(row, side))
+            .ok_or_else(|| Error::NoRecord {
+                path: path.into(),
+                row,
+                side: name,
+            })?;
+        match record.token_ids == ids {
+            true => Ok(record),
+            false => Err(Error::OtherTokens {
+                path: path.into(),
+                row,
+                side: name,
+            }),
+        }
+    }
 }
 
 /// Masks for every pair under `config`, with diagnostics.
@@ -127,14 +176,7 @@ pub fn assign(
     config: &CreditConfig,
     seed: u64,
 ) -> Result<PairCredit> {
-    let rule = config.resolve()?;
-    if rule.weighting == Weighting::Soft {
-        return Err(Error::Setting {
-            key: "credit-weighting",
-            found: "soft".into(),
-            expected: "hard: the losses of these recipes take masks, not weights",
-        });
-    }
+    let rule = hard_rule(config)?;
     if let Some((row, side)) = first_without_signal(pairs, signals) {
         let any = signals
             .iter()
@@ -146,11 +188,17 @@ pub fn assign(
             (_, true) => {
                 return Err(Error::PartialSignal {
                     row,
-                    side: side_name(side),
+                    side: side_name(Some(side)),
                     selection,
                 });
             }
-            (_, false) => return Err(Error::NoSignal { selection }),
+            (_, false) => {
+                return Err(Error::NoSignal {
+                    selection,
+                    columns: "`chosen_signal` and `rejected_signal` columns",
+                    plain: "DPO",
+                });
+            }
         }
         let keep = |pair: &TokenizedPair| {
             [
@@ -169,11 +217,7 @@ pub fn assign(
     let texts = tokenizer
         .map(|tokenizer| texts(pairs, tokenizer))
         .transpose()?;
-    let texts: Option<Vec<Vec<&str>>> = texts.as_ref().map(|all| {
-        all.iter()
-            .map(|texts| texts.iter().map(String::as_str).collect())
-            .collect()
-    });
+    let texts: Option<Vec<Vec<&str>>> = texts.as_ref().map(|texts| borrowed(texts));
     let mut batch = Vec::with_capacity(2 * pairs.len());
     for (index, (pair, known)) in pairs.iter().zip(signals).enumerate() {
         for (side, sign) in [Sign::Positive, Sign::Negative].into_iter().enumerate() {
@@ -193,7 +237,7 @@ pub fn assign(
         diagnostics.observe(credit, response.truth, None)?;
     }
     let report = diagnostics.report();
-    let warnings = Thresholds::default().warnings(&report, &rule);
+    let warnings = warnings(&report, &rule);
     let mut given = given.into_iter();
     let given: Vec<[ResponseCredit; 2]> =
         std::iter::from_fn(|| Some([given.next()?, given.next()?])).collect();
@@ -204,8 +248,38 @@ pub fn assign(
             .collect(),
         given,
         report: Some(report),
-        warnings: warnings.iter().map(ToString::to_string).collect(),
+        warnings,
     })
+}
+
+/// The rule of `config`, for a loss that takes masks.
+///
+/// # Errors
+/// [`Error::Setting`] for soft weights, [`Error::Credit`] for a rule that does not hold up.
+pub(crate) fn hard_rule(config: &CreditConfig) -> Result<CreditRule> {
+    let rule = config.resolve()?;
+    match rule.weighting {
+        Weighting::Hard => Ok(rule),
+        Weighting::Soft => Err(Error::Setting {
+            key: "credit-weighting",
+            found: "soft".into(),
+            expected: "hard: the losses of these recipes take masks, not weights",
+        }),
+    }
+}
+
+/// What is to be said of a data set's masks before the first step.
+pub(crate) fn warnings(report: &DiagnosticsReport, rule: &CreditRule) -> Vec<String> {
+    let warnings = Thresholds::default().warnings(report, rule);
+    warnings.iter().map(ToString::to_string).collect()
+}
+
+/// The texts of responses' tokens, as credit reads them.
+pub(crate) fn borrowed(texts: &[Vec<String>]) -> Vec<Vec<&str>> {
+    texts
+        .iter()
+        .map(|texts| texts.iter().map(String::as_str).collect())
+        .collect()
 }
 
 /// The diagnostics of each pair that has been given credit, for sums over batches; empty if no signal was segmented. With
@@ -334,9 +408,11 @@ fn texts(pairs: &[TokenizedPair], tokenizer: &Tokenizer) -> Result<Vec<Vec<Strin
         .collect::<Result<_, _>>()?)
 }
 
-fn side_name(side: Side) -> &'static str {
+/// What the columns and the messages call a response.
+pub(crate) fn side_name(side: Option<Side>) -> &'static str {
     match side {
-        Side::Chosen => "chosen",
-        Side::Rejected => "rejected",
+        Some(Side::Chosen) => "chosen",
+        Some(Side::Rejected) => "rejected",
+        None => "completion",
     }
 }

@@ -67,14 +67,14 @@ macro_rules! recipe {
     (
         $(#[doc = $about:literal])+
         pub struct $name:ident, $flags:ident {
-            $( $(#[doc = $doc:literal])+ $field:ident: $table:ty, $table_flags:ty );+ $(;)?
+            $( $(#[doc = $doc:literal])+ $(#[serde($serde:meta)])? $field:ident: $table:ty, $table_flags:ty );+ $(;)?
         }
     ) => {
         $(#[doc = $about])+
         #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
         #[serde(deny_unknown_fields, default)]
         pub struct $name {
-            $( $(#[doc = $doc])+ pub $field: $table, )+
+            $( $(#[doc = $doc])+ $(#[serde($serde)])? pub $field: $table, )+
         }
 
         #[doc = concat!("The flags of [`", stringify!($name), "`].")]

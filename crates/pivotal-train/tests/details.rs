@@ -1,6 +1,8 @@
 //! The implementation details of preference tuning and PPO that a whole recipe has to get right, each under its number
 //! (docs/details.md, "Checklist").
 
+// Long because the checklist's details share their models, batches and helpers.
+
 use std::path::Path;
 
 use burn::tensor::{Device, Tensor};
@@ -10,17 +12,18 @@ use pivotal_model::{
     Decoder, Finish, HeadInit, LoraAdapter, Parameter, Parameters, RewardModel, Visitor, load,
 };
 use pivotal_ops::Precision;
-use pivotal_train::Schedule;
 use pivotal_train::dpo::{self, DpoItem, DpoSettings};
 use pivotal_train::onpolicy::{Cutting, Layout, OracleLogps, Prompt, Rollout};
 use pivotal_train::optimizer::{GradientSum, NamedAdamW};
 use pivotal_train::ppo::{
-    Experience, Measured, PpoSettings, RewardKl, RewardSpread, Scaling, Shaper,
+    Experience, Measured, PpoSettings, RewardKl, RewardSpread, Scaling, Shaper, UpdateInputs,
+    UpdateRule, UpdateSums, value_gradients,
 };
 use pivotal_train::reference::pair_logps;
 use pivotal_train::reward;
 use pivotal_train::score::{Group, ResponseValues, token_logps, token_values};
 use pivotal_train::settings::{OptimizerSettings, ProgressMode, RewardSettings};
+use pivotal_train::{Activations, Schedule};
 
 fn llama() -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../pivotal-model/tests/golden/llama")
@@ -124,6 +127,27 @@ fn detail_11_cached_reference_log_probabilities_are_the_fresh_ones() {
     assert_ne!(of(&longer, "weights")[0][0].len(), first[0][0].len());
     of(&pairs, "other weights");
     assert_eq!(files(), 3);
+    // So are a prompt that only begins alike, one other id of a response, and the same ids cut elsewhere.
+    let changes: [fn(&mut TokenizedPair); 4] = [
+        |pair| pair.prompt[2] = 8,
+        |pair| pair.chosen[1] = 45,
+        |pair| pair.rejected[1] = 46,
+        |pair| {
+            let id = pair.chosen.pop().unwrap();
+            pair.rejected.insert(0, id);
+        },
+    ];
+    for (index, change) in changes.iter().enumerate() {
+        let mut other = pairs.clone();
+        change(&mut other[0]);
+        let found = of(&other, "weights");
+        assert_eq!(files(), 4 + index, "change {index} found another's file");
+        let groups: Vec<_> = other.iter().map(Group::of_pair).collect();
+        let fresh = token_logps(&reference, &groups, 64).unwrap();
+        for (found, fresh) in found.iter().zip(&fresh) {
+            assert_eq!(&found[..], &fresh[..], "change {index}");
+        }
+    }
     for entry in std::fs::read_dir(cache.path()).unwrap() {
         std::fs::write(entry.unwrap().path(), "rust").unwrap();
     }
@@ -410,6 +434,114 @@ fn detail_20_a_fresh_value_model_gives_0_everywhere() {
     let head = RewardModel::new(base(), settings.head_init.into(), 7).unwrap();
     let values = values_with(&head, 13);
     assert_eq!((values.prompt_value, values.levels), (0.0, vec![0.0; 4]));
+}
+
+#[test]
+fn detail_04_a_step_of_ppo_takes_the_value_of_the_state_before_each_token() {
+    let settings = PpoSettings {
+        gae_lambda: 0.0,
+        kl_coef: 0.0,
+        whiten_advantages: false,
+        ..PpoSettings::default()
+    };
+    let mut batch = measured([2.0, 3.0, 0.0], Ending::Eos);
+    batch[0].values = ResponseValues {
+        prompt_value: 0.5,
+        levels: vec![1.0, 2.0, 4.0, 8.0],
+    };
+    batch[1].values.prompt_value = -1.0;
+    let experience = shaped(&settings, &batch);
+    assert_eq!(experience.old_values[0], [0.5, 1.0, 2.0, 4.0]);
+    assert_eq!(experience.old_values[1], [-1.0]);
+    // The TD errors: the value after, the reward, less the value before. Nothing is worth anything after the end.
+    assert_eq!(experience.advantages[0], [0.5, 1.0, 2.0, 2.0 - 4.0]);
+    assert_eq!(experience.advantages[1], [3.0 + 1.0]);
+}
+
+#[test]
+fn detail_04_the_value_model_learns_the_value_of_the_state_before_each_token() {
+    let mut model = RewardModel::new(base(), HeadInit::Normal, 3).unwrap();
+    let prompts = [[1, 20, 30], [1, 20, 31]].map(|token_ids| Prompt {
+        id: u64::from(token_ids[2]),
+        token_ids: token_ids.to_vec(),
+        checks: Vec::new(),
+        reference: serde_json::Value::Null,
+    });
+    let prompts: Vec<&Prompt> = prompts.iter().collect();
+    let rollouts: Vec<Rollout> = [(0, vec![40, 41, 2]), (0, vec![50, 2]), (1, vec![60])]
+        .into_iter()
+        .map(|(prompt, token_ids)| Rollout {
+            prompt,
+            id: prompts[prompt].id,
+            sample: token_ids.len(),
+            sampled_logps: vec![0.0; token_ids.len()],
+            token_ids,
+            finish: Finish::Eos,
+            text: String::new(),
+        })
+        .collect();
+    let cutting = Cutting {
+        minibatches: 1,
+        micro_batch_tokens: 64,
+        seed: 1,
+        stream: "minibatches",
+    };
+    let layout = Layout::new(&prompts, &rollouts, &|_| true, cutting).unwrap();
+    let before: Vec<Vec<f32>> = rollouts
+        .iter()
+        .map(|rollout| {
+            let group = Group {
+                prompt: &prompts[rollout.prompt].token_ids,
+                responses: vec![&rollout.token_ids],
+            };
+            let values = token_values(&model, &[group], 64)
+                .unwrap()
+                .remove(0)
+                .remove(0);
+            critic(values.prompt_value, &values.levels).0
+        })
+        .collect();
+    let ones: Vec<Vec<f32>> = before.iter().map(|row| vec![1.0; row.len()]).collect();
+    let keep: Vec<TokenMask> = before.iter().map(|row| TokenMask::all(row.len())).collect();
+    let half_squared_error = |returns: &[Vec<f32>], model: &mut RewardModel| {
+        let experience = Experience {
+            old_values: before.clone(),
+            rewards: ones.clone(),
+            advantages: ones.clone(),
+            returns: returns.to_vec(),
+            signs: vec![Sign::Positive; before.len()],
+        };
+        let inputs = UpdateInputs {
+            rollouts: &rollouts,
+            old_logps: &ones,
+            experience: &experience,
+            keep: &keep,
+        };
+        let rule = UpdateRule {
+            settings: &PpoSettings {
+                value_clip: 0.0,
+                ..PpoSettings::default()
+            },
+            temperature: 1.0,
+            activations: Activations::Keep,
+            step: 1,
+        };
+        let mut sums = UpdateSums::default();
+        value_gradients(model, &layout.minibatches[0], inputs, rule, &mut sums).unwrap();
+        sums.numbers().value_loss
+    };
+    // What is to be learnt is what it says already, token by token: there is no error.
+    let none = half_squared_error(&before, &mut model);
+    assert!(none < 1e-10, "{none}");
+    let raised: Vec<Vec<f32>> = before
+        .iter()
+        .map(|row| row.iter().map(|value| value + 0.5).collect())
+        .collect();
+    let some = half_squared_error(&raised, &mut model);
+    assert!((some - 0.125).abs() < 1e-5, "{some}");
+    let all = before.concat();
+    let differ = all.windows(2).all(|two| (two[0] - two[1]).abs() > 1e-3);
+    assert!(differ, "a neighbour's value would show: {all:?}");
 }
 
 #[test]

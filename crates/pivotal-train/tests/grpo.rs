@@ -108,6 +108,55 @@ fn updated(
 }
 
 #[test]
+fn a_ratio_that_overflows_is_a_number_in_the_metrics() {
+    let [mut policy, _] = decoders(Precision::F32);
+    let owned = prompts();
+    let prompts: Vec<&Prompt> = owned.iter().collect();
+    let rollouts = rollouts(&owned);
+    let cutting = Cutting {
+        minibatches: 1,
+        micro_batch_tokens: 1024,
+        seed: 1,
+        stream: "minibatches 1 0",
+    };
+    let layout = Layout::new(&prompts, &rollouts, &|_| true, cutting).unwrap();
+    let each = |value: f32| -> Vec<Vec<f32>> {
+        let tokens = rollouts.iter().map(|rollout| rollout.token_ids.len());
+        tokens.map(|tokens| vec![value; tokens]).collect()
+    };
+    let keep: Vec<TokenMask> = rollouts
+        .iter()
+        .map(|rollout| TokenMask::all(rollout.token_ids.len()))
+        .collect();
+    let (old_logps, reference_logps) = (each(-300.0), each(-1.0));
+    let batch = GrpoBatch {
+        rollouts: &rollouts,
+        advantages: &[1.0; 9],
+        keep: &keep,
+        old_logps: &old_logps,
+        reference_logps: &reference_logps,
+    };
+    let settings = GrpoSettings::default();
+    let objective = GrpoObjective {
+        settings: &settings,
+        temperature: 1.0,
+        max_response_tokens: 9,
+    };
+    let optimizer = OptimizerSettings::default();
+    let minibatch = &layout.minibatches[0];
+    let sums = gradients(&mut policy, minibatch, batch, objective, &optimizer, 1)
+        .unwrap()
+        .sums;
+    // e^200 and more: every token is clipped above, so that the loss is finite all the same.
+    assert_eq!((sums.clipped_high, sums.tokens), (42, 42));
+    assert!(sums.loss.is_finite());
+    assert_eq!(sums.ratio_deviation, f64::from(f32::MAX));
+    assert_eq!(sums.kl_from_old, 42.0 * f64::from(f32::MAX));
+    let json = serde_json::json!([sums.ratio_deviation, sums.kl_from_old]).to_string();
+    assert!(!json.contains("null"), "{json}");
+}
+
+#[test]
 fn the_only_update_reads_its_old_log_probabilities_off_its_own_pass() {
     for precision in [Precision::F32, Precision::Bf16] {
         for kl_coef in [0.0, 0.1] {

@@ -100,7 +100,7 @@ macro_rules! recipe_command {
 
 recipe_command!(
     /// `pivotal sft`.
-    Sft, SftConfig, SftFlags, pivotal_train::sft::train, say
+    Sft, SftConfig, SftFlags, pivotal_train::sft::train, say_sft
 );
 recipe_command!(
     /// `pivotal reward`.
@@ -146,6 +146,11 @@ impl Annotate {
         warn(&summary.warnings);
         say(&summary)
     }
+}
+
+fn say_sft(summary: &pivotal_train::sft::Summary) -> Result<(), Failure> {
+    warn(&summary.warnings);
+    say(summary)
 }
 
 fn say_dpo(summary: &pivotal_train::dpo::Summary) -> Result<(), Failure> {

@@ -24,6 +24,8 @@ mod recipes;
 mod reject;
 #[path = "cli/resume.rs"]
 mod resume;
+#[path = "cli/sft.rs"]
+mod sft;
 #[path = "cli/studies.rs"]
 mod studies;
 
@@ -43,6 +45,25 @@ fn golden(family: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../pivotal-model/tests/golden")
         .join(family)
+}
+
+/// The tiny Llama with a chat template, in `chat`.
+fn chat_model(scratch: &Scratch) {
+    chat_model_at(scratch, "chat");
+}
+
+/// The same in a directory of this name.
+fn chat_model_at(scratch: &Scratch, name: &str) {
+    let model = scratch.path(name);
+    std::fs::create_dir(&model).unwrap();
+    for file in std::fs::read_dir(golden("llama")).unwrap() {
+        let file = file.unwrap();
+        if file.file_type().unwrap().is_file() {
+            std::fs::copy(file.path(), model.join(file.file_name())).unwrap();
+        }
+    }
+    let template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% else %}|{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
+    std::fs::write(model.join("chat_template.jinja"), template).unwrap();
 }
 
 /// A scratch directory with `pairs.jsonl` in it, in which commands run.

@@ -69,7 +69,7 @@ table! {
         /// For kto: what a rejected response weighs.
         "undesirable-weight" undesirable_weight: f64 = 1.0,
         /// Steps between measurements of the dropped tokens' log-probabilities, for the metrics alone; 0 takes none.
-        /// One costs the vocabulary's projection of these tokens, forward: a few per cent of its step.
+        /// One costs the vocabulary's projection of these tokens, forward alone; their hidden states are there.
         "dropped-every" dropped_every: u64 = 10,
         /// For tdpo2: what the divergences from the reference weigh, α; at least 0, and 0 is dpo.
         "tdpo-alpha" tdpo_alpha: f64 = 0.5,

@@ -21,7 +21,7 @@ use crate::onpolicy::{
     Clock, Cutting, EvalFlags, EvalSettings, Evaluation, Evaluator, Layout, OracleLogps, Prompt,
     PromptFlags, PromptSettings, ResponseScore, Rollout, RolloutCredit, RolloutFlags,
     RolloutRecord, RolloutSettings, Sampler, ScoreFlags, ScoreSettings, Scorer, SignalFlags,
-    SignalInputs, SignalSettings, StepLog, Timings, gap, masks, read_prompts,
+    SignalInputs, SignalSettings, StepLog, Timings, gap, masks, prompt_warnings, read_prompts,
 };
 use crate::optimizer::NamedAdamW;
 use crate::progress::{Progress, StepNumbers};
@@ -163,6 +163,7 @@ pub fn train(config: &GrpoConfig, mode: StartMode) -> Result<Summary> {
     let (seed, precision) = (config.run.seed, config.model.precision);
     let mut workspace = Workspace::load(&config.model)?;
     let prompts = read_prompts(&config.data, &workspace)?;
+    let warnings = prompt_warnings(&config.data.path, &workspace)?;
     let budget = config.optimizer.micro_batch_tokens;
     let scorer = Scorer::new(&config.score, &prompts, &workspace, precision, budget)?;
     let evaluator = Evaluator::new(
@@ -193,6 +194,7 @@ pub fn train(config: &GrpoConfig, mode: StartMode) -> Result<Summary> {
         reference: workspace.decoder.detached(),
         workspace: &workspace,
         prompts: &prompts,
+        warnings,
         scorer,
         oracle,
         sampler: Sampler::new(&config.rollout, precision, seed)?,
@@ -252,6 +254,8 @@ struct Training<'a> {
     config: &'a GrpoConfig,
     workspace: &'a Workspace,
     prompts: &'a [Prompt],
+    /// Of the prompts: said before the first step, and in its metrics.
+    warnings: Vec<String>,
     policy: Decoder,
     reference: Decoder,
     oracle: Option<Decoder>,
@@ -292,6 +296,9 @@ impl Training<'_> {
         let progress = Progress::start("grpo", start..steps, config.run.progress);
         let mut last: GrpoMetrics = self.run.last()?.unwrap_or_default();
         let every = config.run.checkpoint_every;
+        if start == 0 {
+            progress.warn(&self.warnings);
+        }
         progress.phase("evaluation");
         self.evaluate(start, steps)?;
         for (step, batch) in (start + 1..=steps).zip(batches) {
@@ -305,6 +312,9 @@ impl Training<'_> {
                 &mut rollout_log,
                 &progress,
             )?;
+            if step == 1 {
+                last.credit.warnings.extend_from_slice(&self.warnings);
+            }
             self.run.log(step, &last)?;
             let numbers = StepNumbers {
                 loss: last.loss,

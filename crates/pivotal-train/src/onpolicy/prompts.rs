@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use pivotal_core::read_file;
-use pivotal_data::{DataSet, Limits, ReadOptions, TokenizeOptions, tokenize_prompts};
+use pivotal_data::{DataSet, Limits, ReadOptions, Shape, TokenizeOptions, tokenize_prompts};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -84,6 +84,30 @@ pub fn read_prompts(settings: &PromptSettings, workspace: &Workspace) -> Result<
         })
     };
     tokenized.into_iter().map(prompt).collect()
+}
+
+/// What there is to say of a file of prompts, once and before the first step; each begins with its name.
+///
+/// # Errors
+/// [`Error::Data`] naming the row.
+pub(crate) fn prompt_warnings(path: &Path, workspace: &Workspace) -> Result<Vec<String>> {
+    if workspace.template.is_none() {
+        return Ok(vec![]);
+    }
+    let data = DataSet::read(path, ReadOptions::default())?;
+    let as_text = matches!(
+        data.shape(),
+        Shape::PromptText
+            | Shape::CompletionText
+            | Shape::PreferenceText
+            | Shape::ImplicitPreferenceText
+    );
+    let warning = format!(
+        "no-chat-template: the prompts of `{}` are strings, which are completed as they stand, and the tokenizer has a chat template; \
+         a chat model wants messages: {{\"prompt\": [{{\"role\": \"user\", \"content\": \"…\"}}]}}",
+        path.display()
+    );
+    Ok(as_text.then_some(warning).into_iter().collect())
 }
 
 fn wanted(path: &Path, lines: &[&[u8]], row: u64) -> Result<(Vec<Check>, Value)> {

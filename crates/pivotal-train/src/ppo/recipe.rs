@@ -24,8 +24,8 @@ use crate::onpolicy::{
     Clock, Cutting, EvalFlags, EvalSettings, Evaluation, Evaluator, Layout, Minibatch, OracleLogps,
     Prompt, PromptFlags, PromptSettings, ResponseScore, Rollout, RolloutCredit, RolloutFlags,
     RolloutRecord, RolloutSettings, Sampler, ScoreFlags, ScoreSettings, Scorer, SignalFlags,
-    SignalInputs, SignalSettings, StepLog, Timings, from_state_text, gap, masks, read_prompts,
-    state_text,
+    SignalInputs, SignalSettings, StepLog, Timings, from_state_text, gap, masks, prompt_warnings,
+    read_prompts, state_text,
 };
 use crate::optimizer::{GradientSum, NamedAdamW};
 use crate::progress::{Progress, StepNumbers};
@@ -151,6 +151,7 @@ pub fn train(config: &PpoConfig, mode: StartMode) -> Result<Summary> {
     let (seed, precision) = (config.run.seed, config.model.precision);
     let mut workspace = Workspace::load(&config.model)?;
     let prompts = read_prompts(&config.data, &workspace)?;
+    let warnings = prompt_warnings(&config.data.path, &workspace)?;
     let budget = config.optimizer.micro_batch_tokens;
     let scorer = Scorer::new(&config.score, &prompts, &workspace, precision, budget)?;
     let evaluator = Evaluator::new(
@@ -185,6 +186,7 @@ pub fn train(config: &PpoConfig, mode: StartMode) -> Result<Summary> {
         reference: workspace.decoder.detached(),
         workspace: &workspace,
         prompts: &prompts,
+        warnings,
         scorer,
         oracle,
         sampler: Sampler::new(&config.rollout, precision, seed)?,
@@ -261,6 +263,8 @@ struct Training<'a> {
     config: &'a PpoConfig,
     workspace: &'a Workspace,
     prompts: &'a [Prompt],
+    /// Of the prompts: said before the first step, and in its metrics.
+    warnings: Vec<String>,
     models: Models,
     reference: Decoder,
     oracle: Option<Decoder>,
@@ -305,12 +309,18 @@ impl Training<'_> {
         let progress = Progress::start("ppo", start..steps, config.run.progress);
         let mut last: PpoMetrics = self.run.last()?.unwrap_or_default();
         let every = config.run.checkpoint_every;
+        if start == 0 {
+            progress.warn(&self.warnings);
+        }
         progress.phase("evaluation");
         self.evaluate(start, steps)?;
         for (step, batch) in (start + 1..=steps).zip(batches.skip(start as usize)) {
             let prompts = self.prompts;
             let prompts: Vec<&Prompt> = batch.items.iter().map(|&item| &prompts[item]).collect();
             last = self.step(step, steps, &prompts, &mut log, &progress)?;
+            if step == 1 {
+                last.credit.warnings.extend_from_slice(&self.warnings);
+            }
             self.run.log(step, &last)?;
             let numbers = StepNumbers {
                 loss: last.update.policy_loss,

@@ -12,7 +12,7 @@ use crate::activations::Activations;
 use crate::error::{Error, Result};
 use crate::onpolicy::{Layout, MicroBatch, Minibatch, Rollout};
 use crate::optimizer::GradientSum;
-use crate::score::{ResponseValues, values};
+use crate::score::{ResponseValues, held, values};
 
 /// What the losses read, `[rollouts][tokens]`.
 #[derive(Clone, Copy, Debug)]
@@ -177,7 +177,8 @@ pub fn policy_gradients(
         sums.policy_tokens += gathers.len();
         sums.clipped_low += total(terms.clipped_low);
         sums.clipped_high += total(terms.clipped_high);
-        sums.kl_from_old += total(terms.kl_from_old.k3);
+        let k3 = values(terms.kl_from_old.k3).into_iter();
+        sums.kl_from_old += k3.map(held).sum::<f64>();
         if first {
             let errors = values(terms.ratio).into_iter();
             let errors = errors.map(|ratio| f64::from((ratio - 1.0).abs()));

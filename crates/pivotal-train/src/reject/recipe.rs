@@ -20,7 +20,7 @@ use crate::onpolicy::{
     Clock, Cutting, EvalFlags, EvalSettings, Evaluation, Evaluator, Layout, OracleLogps, Prompt,
     PromptFlags, PromptSettings, ResponseScore, Rollout, RolloutCredit, RolloutFlags,
     RolloutSettings, Sampler, ScoreFlags, ScoreSettings, Scorer, SignalFlags, SignalInputs,
-    SignalSettings, Timings, masks, read_prompts,
+    SignalSettings, Timings, masks, prompt_warnings, read_prompts,
 };
 use crate::optimizer::NamedAdamW;
 use crate::progress::{Progress, StepNumbers};
@@ -134,6 +134,7 @@ pub fn train(config: &RejectConfig, mode: StartMode) -> Result<Summary> {
     let (seed, precision) = (config.run.seed, config.model.precision);
     let mut workspace = Workspace::load(&config.model)?;
     let prompts = read_prompts(&config.data, &workspace)?;
+    let warnings = prompt_warnings(&config.data.path, &workspace)?;
     let budget = config.optimizer.micro_batch_tokens;
     let scorer = Scorer::new(&config.score, &prompts, &workspace, precision, budget)?;
     let evaluator = Evaluator::new(
@@ -165,6 +166,7 @@ pub fn train(config: &RejectConfig, mode: StartMode) -> Result<Summary> {
         reference: workspace.decoder.detached(),
         workspace: &workspace,
         prompts: &prompts,
+        warnings,
         column,
         scorer,
         oracle,
@@ -203,6 +205,8 @@ struct Training<'a> {
     config: &'a RejectConfig,
     workspace: &'a Workspace,
     prompts: &'a [Prompt],
+    /// Of the prompts: said before the first round, and in its numbers.
+    warnings: Vec<String>,
     column: PromptColumn,
     policy: Decoder,
     reference: Decoder,
@@ -253,6 +257,9 @@ impl Training<'_> {
         let mut last: RejectMetrics = self.run.last()?.unwrap_or_default();
         let mut last_round = files.last()?.unwrap_or_default();
         let every = config.run.checkpoint_every;
+        if state.round == 1 {
+            progress.warn(&self.warnings);
+        }
         progress.phase("evaluation");
         self.evaluate(state.round - 1, rounds)?;
         for (round, batch) in (state.round..=rounds).zip(batches) {
@@ -372,7 +379,10 @@ impl Training<'_> {
         let chosen: Vec<Rollout> = order.iter().map(|&index| rollouts[index].clone()).collect();
         let chosen_scores: Vec<ResponseScore> =
             order.iter().map(|&index| scores[index].clone()).collect();
-        let (given, numbers) = self.credit(prompts, &chosen, &chosen_scores, credit)?;
+        let (given, mut numbers) = self.credit(prompts, &chosen, &chosen_scores, credit)?;
+        if round == 1 {
+            numbers.warnings.extend_from_slice(&self.warnings);
+        }
         let keep = masks(&chosen, given.as_deref());
         let accepted: Vec<AcceptedResponse> = chosen
             .iter()

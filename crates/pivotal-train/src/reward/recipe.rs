@@ -6,6 +6,7 @@ use pivotal_data::{BatchOptions, Batcher, Cursor, DataSet, Order, ReadOptions, t
 use pivotal_model::RewardModel;
 use serde::Serialize;
 
+use super::no_credit::{NoCredit, NoCreditFlags};
 use super::{RewardMetrics, optimize};
 use crate::checkpoint;
 use crate::error::Result;
@@ -34,6 +35,9 @@ recipe! {
         optimizer: OptimizerSettings, OptimizerFlags;
         /// `[run]`
         run: RunSettings, RunFlags;
+        /// No `[credit]`: giving it is an error that says why.
+        #[serde(skip_serializing_if = "NoCredit::is_absent")]
+        credit: NoCredit, NoCreditFlags;
     }
 }
 

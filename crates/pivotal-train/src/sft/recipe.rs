@@ -1,17 +1,18 @@
 //! `pivotal sft`: from a model and a file of responses to a fine-tuned adapter.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use pivotal_core::TokenizedResponse;
-use pivotal_data::{
-    BatchOptions, Batcher, Cursor, DataSet, Order, ReadOptions, Shape, tokenize_pairs,
-    tokenize_responses,
-};
-use serde::Serialize;
+use pivotal_credit::{CreditRule, Diagnostics, DiagnosticsReport, Signal};
+use pivotal_data::{BatchOptions, Batcher, Cursor, DataSet, Order, ReadOptions};
+use serde::{Deserialize, Serialize};
 
+use super::credit::Responses;
+use super::settings::{SftCredit, SftCreditFlags, SftSettings, SftTableFlags};
 use super::{SftMetrics, optimize};
 use crate::checkpoint;
-use crate::error::Result;
+use crate::diagnosis::{CreditNumbers, WarningFlags, WarningSettings, Watch};
+use crate::error::{Error, Result};
+use crate::onpolicy::{from_state_text, state_text};
 use crate::optimizer::NamedAdamW;
 use crate::progress::{Progress, StepNumbers};
 use crate::run::{Run, StartMode, manifest};
@@ -19,6 +20,7 @@ use crate::settings::{
     DataFlags, DataSettings, LoraFlags, LoraSettings, ModelFlags, ModelSettings, OptimizerFlags,
     OptimizerSettings, RunFlags, RunSettings,
 };
+use crate::signals::{hard_rule, write_records};
 use crate::table::recipe;
 use crate::workspace::Workspace;
 
@@ -31,11 +33,28 @@ recipe! {
         lora: LoraSettings, LoraFlags;
         /// `[data]`
         data: DataSettings, DataFlags;
+        /// `[sft]`
+        sft: SftSettings, SftTableFlags;
         /// `[optimizer]`
         optimizer: OptimizerSettings, OptimizerFlags;
         /// `[run]`
         run: RunSettings, RunFlags;
+        /// `[credit]`
+        credit: SftCredit, SftCreditFlags;
+        /// `[warnings]`
+        warnings: WarningSettings, WarningFlags;
     }
+}
+
+/// A line of `metrics.jsonl`: one step's numbers.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SftStep {
+    /// Of the loss.
+    #[serde(flatten)]
+    pub metrics: SftMetrics,
+    /// Of credit: all responses are positive.
+    #[serde(flatten)]
+    pub credit: CreditNumbers,
 }
 
 /// What a run came to; `summary.json`.
@@ -52,7 +71,11 @@ pub struct Summary {
     /// Optimizer steps taken in all.
     pub steps: u64,
     /// The last step's metrics.
-    pub last: SftMetrics,
+    pub last: SftStep,
+    /// What credit did, where it segmented a signal.
+    pub credit: Option<DiagnosticsReport>,
+    /// Warnings about the masks.
+    pub warnings: Vec<String>,
 }
 
 /// Runs the recipe. Preferences are taken for their chosen responses.
@@ -61,64 +84,68 @@ pub struct Summary {
 /// [`crate::Error`]: its kind says whose fault it is. Nothing is written before the inputs have been read and checked.
 pub fn train(config: &SftConfig, mode: StartMode) -> Result<Summary> {
     let out = &config.run.out;
+    let signals = &config.sft.signals;
     Run::check(
         out,
         mode,
-        &[&config.model.path, &config.model.adapter, &config.data.path],
+        &[
+            &config.model.path,
+            &config.model.adapter,
+            &config.data.path,
+            signals,
+        ],
     )?;
     config.optimizer.check()?;
+    let mut credit_config = config.credit.0.clone();
+    hard_rule(&credit_config)?;
+    config.warnings.check()?;
+    let has_records = !signals.as_os_str().is_empty();
+    if credit_config.signal_delay != 0 && has_records {
+        return Err(Error::Setting {
+            key: "credit-signal-delay",
+            found: credit_config.signal_delay.to_string(),
+            expected: "0 with `--signals`: records hold the signal as `annotate` moved it",
+        });
+    }
     let data = DataSet::read(&config.data.path, ReadOptions::default())?;
     let mut workspace = Workspace::load(&config.model)?;
     let options = config
         .data
         .tokenize_options(workspace.decoder.config().vocab_size);
-    let (tokenizer, template) = (&workspace.tokenizer, workspace.template.as_ref());
-    let (items, dropped, truncated_responses) = match data.shape() {
-        Shape::PreferenceText
-        | Shape::ImplicitPreferenceText
-        | Shape::PreferenceChat
-        | Shape::ImplicitPreferenceChat => {
-            let pairs = tokenize_pairs(&data, tokenizer, template, &options)?;
-            let chosen = pairs.items.into_iter().map(|pair| TokenizedResponse {
-                id: pair.id,
-                prompt: pair.prompt,
-                response_mask: vec![true; pair.chosen.len()],
-                response: pair.chosen,
-            });
-            (chosen.collect(), pairs.dropped, pairs.truncated_responses)
-        }
-        _ => {
-            let responses = tokenize_responses(&data, tokenizer, template, &options)?;
-            (
-                responses.items,
-                responses.dropped,
-                responses.truncated_responses,
-            )
-        }
+    let mut responses = Responses::of(&data, &workspace, &options)?;
+    credit_config.signal = match has_records {
+        true => responses.read_signals(signals)?,
+        false => Signal::External,
     };
-    let items: Vec<TokenizedResponse> = items;
-
+    let rule = hard_rule(&credit_config)?;
     let seed = config.run.seed;
+    let credit = responses.give_credit(&rule, &workspace.tokenizer, seed)?;
+
     let mut policy = workspace.trainable(&config.lora, seed)?;
     let weights = workspace.weights(config.model.precision);
     let mut optimizer = NamedAdamW::new(&config.optimizer);
+    let inputs = [config.data.path.as_path(), signals];
+    let inputs: Vec<&Path> = inputs
+        .into_iter()
+        .filter(|path| !path.as_os_str().is_empty())
+        .collect();
     let mut run = Run::open(
         out,
         mode,
         config,
-        &manifest(
-            "sft",
-            seed,
-            workspace.decoder.device(),
-            &[&config.data.path],
-            &[weights],
-        )?,
+        &manifest("sft", seed, workspace.decoder.device(), &inputs, &[weights])?,
     )?;
-    let start = match mode {
-        StartMode::Resume => checkpoint::restore(out, &mut policy, &mut optimizer)?,
-        _ => 0,
+    let (start, more) = match mode {
+        StartMode::Resume => checkpoint::restore_more(out, &mut policy, &mut optimizer)?,
+        _ => (0, String::new()),
     };
     run.rewind(start)?;
+    let mut watch = Watch::new(&config.warnings, from_state_text(&more)?);
+    if !credit.given.is_empty() {
+        let records = responses.records(credit.given, &workspace.tokenizer)?;
+        write_records(&out.join("credit.jsonl"), &records)?;
+    }
+    let items = &responses.items;
 
     let batching = BatchOptions {
         seed,
@@ -127,15 +154,12 @@ pub fn train(config: &SftConfig, mode: StartMode) -> Result<Summary> {
     };
     let batches = Batcher::new(vec![1; items.len()], batching, Cursor::default())?;
     let steps = config.optimizer.total_steps(batches.batches_per_epoch());
-    let batches = batches.skip(start as usize).map(|batch| {
-        batch
-            .items
-            .iter()
-            .map(|&index| items[index].clone())
-            .collect()
-    });
+    let batches = batches.skip(start as usize).map(|batch| batch.items);
+    let mut watched = batches.clone();
+    let batches = batches.map(|batch| batch.iter().map(|&index| items[index].clone()).collect());
     let progress = Progress::start("sft", start..steps, config.run.progress);
-    let mut last: SftMetrics = run.last()?.unwrap_or_default();
+    progress.warn(&credit.warnings);
+    let mut last: SftStep = run.last()?.unwrap_or_default();
     let every = config.run.checkpoint_every;
     optimize(
         &mut policy,
@@ -144,20 +168,25 @@ pub fn train(config: &SftConfig, mode: StartMode) -> Result<Summary> {
         batches,
         start..steps,
         &mut |step, metrics, policy, optimizer| {
-            run.log(step, &metrics)?;
+            let batch = watched.next().unwrap_or_default();
+            let credit = watched_credit(&mut watch, &rule, &credit.diagnostics, &batch);
+            last = SftStep { metrics, credit };
+            run.log(step, &last)?;
             let numbers = StepNumbers {
                 loss: metrics.loss,
+                kept_fraction: Some(last.credit.kept_fraction),
+                segments_per_100_tokens: last.credit.segments_per_100_tokens,
                 grad_norm: metrics.grad_norm,
                 lr: metrics.lr,
                 tokens: metrics.tokens,
                 ..StepNumbers::default()
             };
-            progress.step(step, numbers, &[]);
-            last = metrics;
+            progress.step(step, numbers, &last.credit.warnings);
             match step == steps || (every > 0 && step % every == 0) {
                 true => {
                     run.sync()?;
-                    checkpoint::save(out, step, policy, optimizer)
+                    let state = state_text(watch.state())?;
+                    checkpoint::save_more(out, step, policy, optimizer, &state)
                 }
                 false => Ok(()),
             }
@@ -165,15 +194,32 @@ pub fn train(config: &SftConfig, mode: StartMode) -> Result<Summary> {
     )?;
     drop(progress);
     let result = workspace.write_policy(&mut policy, out)?;
-    let responses = items.len();
     let summary = Summary {
         result,
-        responses,
-        dropped,
-        truncated_responses,
+        responses: items.len(),
+        dropped: responses.dropped,
+        truncated_responses: responses.truncated,
         steps,
         last,
+        credit: credit.report,
+        warnings: credit.warnings,
     };
     run.finish(&summary)?;
     Ok(summary)
+}
+
+/// What credit did to the responses of a step, and the warnings of the step.
+fn watched_credit(
+    watch: &mut Watch,
+    rule: &CreditRule,
+    diagnosed: &[Diagnostics],
+    batch: &[usize],
+) -> CreditNumbers {
+    if diagnosed.is_empty() {
+        return CreditNumbers::keep_all();
+    }
+    let mut of_batch = Diagnostics::default();
+    let each = batch.iter().map(|&response| &diagnosed[response]);
+    each.for_each(|one| of_batch.merge(one));
+    watch.credit(&of_batch, rule)
 }

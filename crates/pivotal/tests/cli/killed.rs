@@ -14,12 +14,15 @@ use serde_json::Value;
 use super::Scratch;
 
 /// A recipe's name and its flags. Its input files are those of [`inputs`]; one line makes another recipe part of the test.
-const RECIPES: [(&str, &str); 5] = [
+const RECIPES: [(&str, &str); 6] = [
     (
         "dpo",
         "--data signals.jsonl --batch 1 --epochs 2 --loss tdpo2",
     ),
-    ("sft", "--data signals.jsonl --batch 1 --epochs 2"),
+    (
+        "sft",
+        "--data signals.jsonl --batch 1 --epochs 2 --credit-selection agree",
+    ),
     ("reward", "--data signals.jsonl --batch 1 --epochs 2"),
     (
         "grpo",
@@ -32,6 +35,12 @@ const RECIPES: [(&str, &str); 5] = [
         "--data prompts.jsonl --prompts 2 --samples 4 --max-new-tokens 6 --steps 6 --value-lr 0.01 \
          --eval-data prompts.jsonl --kl-target 0.5 --kl-horizon 100 --score-scaling normal \
          --credit-signal critic --credit-baseline running_mean",
+    ),
+    (
+        "reject",
+        "--data prompts.jsonl --prompts 2 --samples 4 --best 2 --max-new-tokens 6 --rounds 3 --batch 1 \
+         --eval-data prompts.jsonl --credit-selection random --credit-random-fraction 0.5 \
+         --credit-cut fixed --credit-cut-tokens 2",
     ),
 ];
 

@@ -285,3 +285,53 @@ fn a_run_that_diverges_says_so_with_exit_code_three() {
     says(&error, &["is not finite at step", "rows"]);
     assert!(scratch.path("run/checkpoints").is_dir());
 }
+
+#[test]
+fn prompts_that_a_chat_template_is_not_applied_to_are_warned_of_once() {
+    let scratch = scratch();
+    super::chat_model(&scratch);
+    // The same without a template: neither in a file of its own nor in the tokenizer's configuration.
+    super::chat_model_at(&scratch, "bare");
+    std::fs::remove_file(scratch.path("bare/chat_template.jinja")).unwrap();
+    let mut tokenizer: Value =
+        serde_json::from_str(&scratch.read("bare/tokenizer_config.json")).unwrap();
+    tokenizer.as_object_mut().unwrap().remove("chat_template");
+    scratch.write("bare/tokenizer_config.json", tokenizer.to_string());
+    let messages: String = PROMPTS
+        .lines()
+        .map(|line| {
+            let mut row: Value = serde_json::from_str(line).unwrap();
+            row["prompt"] = serde_json::json!([{"role": "user", "content": row["prompt"]}]);
+            format!("{row}\n")
+        })
+        .collect();
+    scratch.write("messages.jsonl", messages);
+    for (recipe, file, steps) in [
+        ("grpo", "metrics.jsonl", "--steps 3"),
+        ("ppo", "metrics.jsonl", "--steps 3"),
+        ("reject", "rounds.jsonl", "--rounds 3"),
+    ] {
+        let run = |model: &str, data: &str| {
+            let out = format!("{recipe}-{model}-{data}");
+            let output = scratch.run(&format!(
+                "{recipe} --model {model} --data {data}.jsonl --prompts 2 --samples 4 \
+                 --max-new-tokens 4 --lora-rank 2 --credit-selection all {steps} --progress lines \
+                 --out {out}"
+            ));
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(output.status.success(), "{said}");
+            let warned: Vec<bool> = lines(&scratch, &format!("{out}/{file}"))
+                .iter()
+                .map(|line| line["warnings"].to_string().contains("no-chat-template: "))
+                .collect();
+            (said.matches("no-chat-template: ").count(), warned)
+        };
+        assert_eq!(
+            run("chat", "prompts"),
+            (1, vec![true, false, false]),
+            "{recipe}"
+        );
+        assert_eq!(run("chat", "messages"), (0, vec![false; 3]), "{recipe}");
+        assert_eq!(run("bare", "prompts"), (0, vec![false; 3]), "{recipe}");
+    }
+}

@@ -125,3 +125,24 @@ fn a_spread_without_a_reward_model_is_refused_before_anything_is_written() {
     );
     says(&error, &["spread", "--reward-model"]);
 }
+
+#[test]
+fn a_horizon_that_could_take_the_coefficient_to_zero_is_refused_before_anything_is_written() {
+    let scratch = scratch();
+    // A step has 2 · 5 responses and an error moves the coefficient by a fifth of them at most: a horizon of 2 is all of it.
+    let run = "ppo --model MODEL --data prompts.jsonl --prompts 2 --samples 5 --max-new-tokens 2 \
+               --lora-rank 2 --steps 1 --credit-selection all";
+    for horizon in [1, 2] {
+        let error = scratch.bad(
+            &format!("{run} --kl-target 0.5 --kl-horizon {horizon} --out no"),
+            "no",
+        );
+        let found = format!("`kl-horizon` is {horizon}, expected more than a fifth");
+        says(&error, &[&found, "`--prompts` times `--samples`"]);
+    }
+    scratch.good(&format!("{run} --kl-target 0.5 --kl-horizon 3 --out near"));
+    let coefficient = metrics(&scratch, "near")[0]["kl_coef"].as_f64().unwrap();
+    assert!(coefficient > 0.0, "{coefficient}");
+    // Without a target nothing is moved, and the horizon says nothing.
+    scratch.good(&format!("{run} --kl-horizon 1 --out fixed"));
+}

@@ -433,17 +433,7 @@ fn a_step_of_which_nothing_is_kept_is_counted_and_learns_nothing() {
 #[test]
 fn conversations_are_accepted_as_conversations() {
     let scratch = scratch();
-    let base = super::golden("llama");
-    let model = scratch.path("chat");
-    std::fs::create_dir(&model).unwrap();
-    for file in std::fs::read_dir(&base).unwrap() {
-        let file = file.unwrap();
-        if file.file_type().unwrap().is_file() {
-            std::fs::copy(file.path(), model.join(file.file_name())).unwrap();
-        }
-    }
-    let template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% else %}|{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
-    std::fs::write(model.join("chat_template.jinja"), template).unwrap();
+    super::chat_model(&scratch);
     scratch.write(
         "chat.jsonl",
         "{\"prompt\": [{\"role\": \"user\", \"content\": \"hi\"}], \"checks\": [{\"kind\": \"regex\", \"pattern\": \"^[!-;=?-~]+$\"}]}\n",
