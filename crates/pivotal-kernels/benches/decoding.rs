@@ -3,8 +3,9 @@
 //! `cargo bench -p pivotal-kernels --bench decoding`. Items are rows: tokens.
 
 use divan::Bencher;
-use divan::counter::ItemsCount;
+use divan::counter::{BytesCount, ItemsCount};
 use pivotal_kernels::{PackedWeight, Precision};
+use rayon::prelude::*;
 
 fn main() {
     divan::main();
@@ -46,4 +47,16 @@ fn bf16(bencher: Bencher, rows: usize) {
 #[divan::bench(args = [1, 4, 16, 64, 512], sample_count = 5, sample_size = 1)]
 fn f32(bencher: Bencher, rows: usize) {
     step(bencher, rows, Precision::F32);
+}
+
+/// The floor: as many bytes as the bf16 weights have, read by all threads and nothing done with them.
+#[divan::bench(sample_count = 20, sample_size = 1)]
+fn reading_alone(bencher: Bencher) {
+    const BYTES: usize = 270_000_000;
+    let words: Vec<u64> = (0..BYTES as u64 / 8).collect();
+    bencher.counter(BytesCount::new(BYTES)).bench_local(|| {
+        let parts = words.par_chunks(1 << 14);
+        let folded = parts.map(|part| part.iter().fold(0, |all, word| all ^ word));
+        folded.reduce(|| 0, |a, b| a ^ b)
+    });
 }

@@ -22,105 +22,50 @@ pub struct AttentionSaved<'a> {
     pub lse: &'a [f32],
 }
 
-/// Where the gradients go. All three are overwritten.
-#[derive(Debug)]
-pub struct AttentionGradients<'a> {
-    /// `[tokens, heads * head_dim]`
-    pub q: &'a mut [f32],
-    /// `[tokens, kv_heads * head_dim]`; a shared prompt's is the sum over its responses, in their order.
-    pub k: &'a mut [f32],
-    /// `[tokens, kv_heads * head_dim]`
-    pub v: &'a mut [f32],
-}
-
-/// The gradient of [`attention_forward`](crate::attention_forward) with respect to queries, keys and values.
+/// The gradients of [`attention_forward`](crate::attention_forward) with respect to `q`, `k` and `v`, each shaped as that. Those
+/// of a shared prompt are sums over its responses, in their order.
 ///
 /// # Shapes
 /// `dout` is `[tokens, heads * head_dim]`.
 ///
 /// # Panics
 /// If a slice's length does not fit the plan.
-pub fn attention_backward(
-    plan: &AttentionPlan,
-    input: AttentionInput<'_>,
-    saved: AttentionSaved<'_>,
-    dout: &[f32],
-    gradients: AttentionGradients<'_>,
-) {
-    let shape = plan.shape();
-    let (queries, keys) = (
-        plan.tokens() * shape.query_width(),
-        plan.tokens() * shape.key_width(),
-    );
-    input.check(plan);
-    check_len("saved.out", saved.out, queries);
-    check_len("saved.lse", saved.lse, plan.tokens() * shape.heads);
-    check_len("dout", dout, queries);
-    check_len("gradients.q", gradients.q, queries);
-    check_len("gradients.k", gradients.k, keys);
-    check_len("gradients.v", gradients.v, keys);
-    gradients.q.fill(0.0);
-    gradients.k.fill(0.0);
-    gradients.v.fill(0.0);
-    into_zeros(plan, input, saved, dout, gradients);
-}
-
-/// [`attention_backward`] into new memory: the gradients of `q`, `k` and `v`.
-///
-/// # Panics
-/// If a slice's length does not fit the plan.
 #[must_use]
-pub fn attention_gradients(
+pub fn attention_backward(
     plan: &AttentionPlan,
     input: AttentionInput<'_>,
     saved: AttentionSaved<'_>,
     dout: &[f32],
 ) -> [Vec<f32>; 3] {
     let shape = plan.shape();
-    let (queries, keys) = (
-        plan.tokens() * shape.query_width(),
-        plan.tokens() * shape.key_width(),
-    );
+    let queries = plan.tokens() * shape.query_width();
+    let keys = plan.tokens() * shape.key_width();
     input.check(plan);
     check_len("saved.out", saved.out, queries);
     check_len("saved.lse", saved.lse, plan.tokens() * shape.heads);
     check_len("dout", dout, queries);
-    let [mut q, mut k, mut v] = [queries, keys, keys].map(zeros);
-    let gradients = AttentionGradients {
-        q: &mut q,
-        k: &mut k,
-        v: &mut v,
-    };
-    into_zeros(plan, input, saved, dout, gradients);
-    [q, k, v]
-}
-
-/// Adds the gradients to what is all zero.
-fn into_zeros(
-    plan: &AttentionPlan,
-    input: AttentionInput<'_>,
-    saved: AttentionSaved<'_>,
-    dout: &[f32],
-    gradients: AttentionGradients<'_>,
-) {
-    let shape = plan.shape();
+    let mut gradients = [queries, keys, keys].map(zeros);
+    let [dq, dk, dv] = gradients
+        .each_mut()
+        .map(|gradient| SharedOut::new(gradient));
     #[cfg(target_arch = "x86_64")]
     if plan.vectors {
         let targets = crate::attention_avx512_backward::Targets {
-            q: SharedOut::new(gradients.q),
-            k: SharedOut::new(gradients.k),
-            v: SharedOut::new(gradients.v),
+            q: dq,
+            k: dk,
+            v: dv,
         };
-        return crate::attention_avx512_backward::backward(plan, input, saved, dout, targets);
+        crate::attention_avx512_backward::backward(plan, input, saved, dout, targets);
+        return gradients;
     }
     let pass = Backward {
         plan,
         input,
         saved,
         dout,
-        dq: SharedOut::new(gradients.q),
-        dk: SharedOut::new(gradients.k),
-        dv: SharedOut::new(gradients.v),
+        dq,
+        dk,
+        dv,
     };
     for_each_block(
         plan.families.len() * shape.kv_heads,
@@ -132,6 +77,7 @@ fn into_zeros(
             }
         },
     );
+    gradients
 }
 
 struct Backward<'a> {

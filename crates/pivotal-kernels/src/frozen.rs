@@ -313,10 +313,7 @@ impl FrozenGroup<'_> {
                 self.precision,
             );
         });
-        let x = match (dinput, self.prologue) {
-            (dinput, Prologue::Plain) => dinput,
-            (dinput, prologue) => dinput.map(|dinput| prologue.gradient(saved, inputs, &dinput)),
-        };
+        let x = dinput.map(|dinput| self.prologue.gradient(saved, inputs, dinput.into()));
         FrozenGradients { x, a: da, b: db }
     }
 }

@@ -59,11 +59,9 @@ mod testing;
 mod vocabulary_kl;
 
 pub use attention::{AttentionInput, attention, attention_forward};
-pub use attention_backward::{
-    AttentionGradients, AttentionSaved, attention_backward, attention_gradients,
-};
+pub use attention_backward::{AttentionSaved, attention_backward};
 pub use cached::{CachedContext, attend_cached};
-pub use columns::{join_columns, split_columns};
+pub use columns::split_columns;
 pub use frozen::{
     FrozenGradients, FrozenGroup, FrozenLinear, FrozenOutputs, FrozenPanels, FrozenSaved,
     FrozenWanted, LowRankUpdate, Prologue,

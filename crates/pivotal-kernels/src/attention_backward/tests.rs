@@ -1,7 +1,7 @@
 //! Gradients against f64, and what changes no bit.
 
 use super::*;
-use crate::attention::attention_forward;
+use crate::attention::{attention, attention_forward};
 use crate::matmul::Precision;
 use crate::plan::{AttentionShape, Span};
 use crate::processor::Processor;
@@ -138,25 +138,22 @@ fn run(path: &Path, spans: &[Span], tokens: usize, shape: AttentionShape) -> Cas
         k: &k,
         v: &v,
     };
-    let mut case = Case {
-        out: vec![f32::NAN; q.len()],
-        lse: vec![f32::NAN; tokens * shape.heads],
-        dq: vec![f32::NAN; q.len()],
-        dk: vec![f32::NAN; k.len()],
-        dv: vec![f32::NAN; k.len()],
-    };
-    attention_forward(&plan, input, &mut case.out, &mut case.lse);
-    let gradients = AttentionGradients {
-        q: &mut case.dq,
-        k: &mut case.dk,
-        v: &mut case.dv,
-    };
+    let mut out = vec![f32::NAN; q.len()];
+    let mut lse = vec![f32::NAN; tokens * shape.heads];
+    attention_forward(&plan, input, &mut out, &mut lse);
+    assert_eq!(attention(&plan, input), (out.clone(), lse.clone()));
     let saved = AttentionSaved {
-        out: &case.out,
-        lse: &case.lse,
+        out: &out,
+        lse: &lse,
     };
-    attention_backward(&plan, input, saved, &dout, gradients);
-    case
+    let [dq, dk, dv] = attention_backward(&plan, input, saved, &dout);
+    Case {
+        out,
+        lse,
+        dq,
+        dk,
+        dv,
+    }
 }
 
 fn compare(spans: &[Span], tokens: usize, shape: AttentionShape) {
@@ -269,17 +266,11 @@ fn sharing_a_prompt_is_repeating_it() {
         };
         let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; 120]);
         attention_forward(&plan, input, &mut out, &mut lse);
-        let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; k.len()]);
-        let gradients = AttentionGradients {
-            q: &mut dq,
-            k: &mut dk,
-            v: &mut dv,
-        };
         let saved = AttentionSaved {
             out: &out,
             lse: &lse,
         };
-        attention_backward(&plan, input, saved, &dout, gradients);
+        let [_, dk, _] = attention_backward(&plan, input, saved, &dout);
         (out, dk)
     };
     for path in &PATHS {
@@ -315,17 +306,11 @@ fn a_place_in_the_batch_changes_no_bit() {
             };
             let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; (97 + shift) * 6]);
             attention_forward(&plan, input, &mut out, &mut lse);
-            let (mut dq, mut dk, mut dv) = (q.clone(), k.clone(), v.clone());
-            let gradients = AttentionGradients {
-                q: &mut dq,
-                k: &mut dk,
-                v: &mut dv,
-            };
             let saved = AttentionSaved {
                 out: &out,
                 lse: &lse,
             };
-            attention_backward(&plan, input, saved, &dout, gradients);
+            let [dq, dk, dv] = attention_backward(&plan, input, saved, &dout);
             [out, dq]
                 .map(|x| x[shift * 96..].to_vec())
                 .into_iter()

@@ -345,7 +345,7 @@ fn input_gradient(
         }
         with_scratch(rows * inputs, |dinput| {
             multiply_jobs(&[job], rows, dinput, inputs, Store::Replace);
-            frozen.prologue.gradient(saved, inputs, dinput)
+            frozen.prologue.gradient(saved, inputs, (&*dinput).into())
         })
     };
     let Some((update, dh)) = update else {

@@ -48,9 +48,9 @@ impl Prologue<'_> {
         let Self::Normed { eps, .. } = *self else {
             return Vec::new();
         };
-        let mut rstd = vec![0.0; x.len() / inputs.max(1)];
-        let shared = SharedOut::new(&mut rstd);
         let rows = x.len() / inputs.max(1);
+        let mut rstd = vec![0.0; rows];
+        let shared = SharedOut::new(&mut rstd);
         for_each_block(rows, rows_per_block(inputs), x.len(), |rows| {
             for row in rows {
                 // SAFETY: element `row` is this block's own.
@@ -60,7 +60,7 @@ impl Prologue<'_> {
         rstd
     }
 
-    /// Rows `rows` of what the products read, one after the other. Not for a plain prologue, whose rows are there already.
+    /// Rows `rows` of what the products read, one after the other.
     pub(super) fn make(&self, x: &[f32], rstd: &[f32], rows: Range<usize>, out: &mut [f32]) {
         let inputs = out.len() / rows.len().max(1);
         let width = self.width(inputs);
@@ -102,17 +102,17 @@ impl Prologue<'_> {
         &self,
         saved: FrozenSaved<'_>,
         inputs: usize,
-        dinput: &[f32],
+        dinput: Cow<'_, [f32]>,
     ) -> Vec<f32> {
         let FrozenSaved { x, rstd, .. } = saved;
         match self {
-            Self::Plain => dinput.to_vec(),
+            Self::Plain => dinput.into_owned(),
             Self::Normed { weight, .. } => time(Part::Norm, || {
                 // SAFETY: `x` and `dinput` have a row for each of `rstd`, by the checks of `backward`; all of the gradient
                 // is written.
                 unsafe {
                     written(dinput.len(), |dx| {
-                        norm::input_gradient(x, weight, rstd, dinput, dx);
+                        norm::input_gradient(x, weight, rstd, &dinput, dx);
                     })
                 }
             }),
@@ -120,7 +120,7 @@ impl Prologue<'_> {
                 // SAFETY: `x` is twice as long as `dinput`, by the checks of `backward`; all of the gradient is written.
                 unsafe {
                     written(x.len(), |dx| {
-                        swiglu::joined_gradient(x, inputs, dinput, dx);
+                        swiglu::joined_gradient(x, inputs, &dinput, dx);
                     })
                 }
             }),

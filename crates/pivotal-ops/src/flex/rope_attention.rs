@@ -8,7 +8,7 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
 use pivotal_kernels::account::{Part, time};
-use pivotal_kernels::{AttentionInput, AttentionSaved, attention, attention_gradients};
+use pivotal_kernels::{AttentionInput, AttentionSaved, attention, attention_backward};
 
 use super::{TrackedTensor, contiguous, dims, floats, from_values, map_in_place};
 use crate::attention_layout::LayoutPlan;
@@ -135,7 +135,7 @@ fn gradients(state: &State, dout: &FlexTensor) -> [Vec<f32>; 3] {
         lse: &state.lse,
     };
     time(Part::Attention, || {
-        attention_gradients(&state.plan.attention, state.input(), saved, floats(dout))
+        attention_backward(&state.plan.attention, state.input(), saved, floats(dout))
     })
 }
 
