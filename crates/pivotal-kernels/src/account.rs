@@ -25,6 +25,8 @@ pub enum Part {
     Rope,
     /// The gated activation.
     Swiglu,
+    /// A frozen layer's perceptron in one pass: norm, products, gated activation, residual sum.
+    Mlp,
     /// Making a batch: tree packing, layouts, gathers.
     Pack,
     /// Norm of the gradient, clipping, the update.
@@ -37,7 +39,7 @@ pub enum Part {
 
 impl Part {
     /// Every part, in the order of [`take`].
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Linear,
         Self::Lora,
         Self::Head,
@@ -45,6 +47,7 @@ impl Part {
         Self::Norm,
         Self::Rope,
         Self::Swiglu,
+        Self::Mlp,
         Self::Pack,
         Self::Optimizer,
         Self::Credit,
@@ -61,6 +64,7 @@ impl Part {
             Self::Norm => "norm",
             Self::Rope => "rope",
             Self::Swiglu => "swiglu",
+            Self::Mlp => "mlp",
             Self::Pack => "pack",
             Self::Optimizer => "optimizer",
             Self::Credit => "credit",

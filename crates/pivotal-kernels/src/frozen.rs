@@ -24,10 +24,14 @@ use crate::small;
 
 #[cfg(target_arch = "x86_64")]
 mod bf16;
+mod mlp;
+#[cfg(target_arch = "x86_64")]
+mod mlp_blocks;
 mod prologue;
 #[cfg(test)]
 mod tests;
 
+pub use mlp::{FrozenMlp, MlpGradients, MlpOutputs, MlpSaved, MlpWanted};
 pub use prologue::Prologue;
 
 /// A frozen weight's bf16 panels: made at first use, kept as long as this value.

@@ -1,6 +1,8 @@
 //! Several bf16 products at once, each the sum of several: all the linear layers that read one input, each with its
 //! low-rank update, in one parallel region and with one store an output.
 
+use std::ops::Range;
+
 use std::arch::x86_64::{
     __m512bh, __m512i, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_mask_storeu_ps,
     _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_setzero_ps,
@@ -54,6 +56,18 @@ impl<'a> Segment<'a> {
             right_pairs: (padded_pairs(k), 0),
             pairs: k.div_ceil(2),
         }
+    }
+
+    /// Panics unless the operands have `rows` rows and `columns` columns.
+    #[track_caller]
+    fn check(&self, rows: usize, columns: usize) {
+        let (right, first) = self.right_pairs;
+        assert!(
+            first.is_multiple_of(16) && first + self.left_pairs() <= right,
+            "a segment reaches beyond its operands"
+        );
+        assert!(self.left.len() >= left_words(rows, 2 * self.pairs));
+        assert!(self.right.len() >= packed_words::<COLUMNS>(columns, 2 * right));
     }
 
     /// Pairs of a panel of the left operand.
@@ -119,13 +133,7 @@ pub(crate) unsafe fn multiply_jobs_at(
     for (index, job) in jobs.iter().enumerate() {
         assert!(job.out_column + job.columns <= stride);
         for segment in job.segments {
-            let (right, first) = segment.right_pairs;
-            assert!(
-                first.is_multiple_of(16) && first + segment.left_pairs() <= right,
-                "a segment reaches beyond its operands"
-            );
-            assert!(segment.left.len() >= left_words(rows, 2 * segment.pairs));
-            assert!(segment.right.len() >= packed_words::<COLUMNS>(job.columns, 2 * right));
+            segment.check(rows, job.columns);
             work += rows * job.columns * segment.pairs;
         }
         panels.extend((0..job.columns.div_ceil(COLUMNS)).map(|panel| (index, panel)));
@@ -174,6 +182,56 @@ pub(crate) unsafe fn multiply_jobs_at(
     });
 }
 
+/// Products of blocks of rows on the calling thread, while it lives. Not to be held across a wait for other tasks, which would
+/// drop the tile registers' shape.
+pub(crate) struct Multiplier {
+    tiles: Option<amx::Tiles>,
+}
+
+impl Multiplier {
+    /// With what `path`, [`processor`]'s answer on the thread that cut the blocks, has.
+    pub(crate) fn on(path: Processor) -> Self {
+        assert!(available() && path >= Processor::Avx512 && path <= processor());
+        Self {
+            // SAFETY: this is AMX's path.
+            tiles: (path == Processor::Amx).then(|| unsafe { amx::Tiles::configure() }),
+        }
+    }
+
+    /// Columns `columns` of `Σ segments`, the first of which begins a panel, into rows of `out` that are `stride` apart.
+    ///
+    /// An element is, bit for bit, that of [`multiply_jobs`].
+    pub(crate) fn multiply(
+        &self,
+        segments: &[Segment<'_>],
+        rows: usize,
+        columns: Range<usize>,
+        out: &mut [f32],
+        stride: usize,
+    ) {
+        if rows == 0 || columns.is_empty() {
+            return;
+        }
+        assert!(columns.start.is_multiple_of(COLUMNS) && columns.len() <= stride);
+        assert!(out.len() >= (rows - 1) * stride + columns.len());
+        segments
+            .iter()
+            .for_each(|segment| segment.check(rows, columns.end));
+        for column in columns.clone().step_by(COLUMNS) {
+            let tile = Tile {
+                out: out[column - columns.start..].as_mut_ptr(),
+                stride,
+                columns: COLUMNS.min(columns.end - column),
+                add: false,
+                streams: false,
+            };
+            // SAFETY: the features and the operands' lengths were asserted; the tile lies inside `out`, which is borrowed
+            // mutably.
+            unsafe { multiply_panel(segments, column, 0..rows, tile, self.tiles.as_ref()) };
+        }
+    }
+}
+
 /// All rows of a task against one right panel of every segment; `tile` is at row 0.
 ///
 /// # Safety
@@ -182,7 +240,7 @@ pub(crate) unsafe fn multiply_jobs_at(
 unsafe fn multiply_panel(
     segments: &[Segment<'_>],
     column: usize,
-    rows: std::ops::Range<usize>,
+    rows: Range<usize>,
     mut tile: Tile,
     tiles: Option<&amx::Tiles>,
 ) {
@@ -242,7 +300,7 @@ unsafe fn multiply_run(
     segments: &[Segment<'_>],
     run: &[(usize, usize, usize)],
     column: usize,
-    rows: std::ops::Range<usize>,
+    rows: Range<usize>,
     tile: Tile,
 ) {
     let mut pieces = [Piece {
@@ -305,7 +363,7 @@ unsafe fn multiply_run_amx(
     segments: &[Segment<'_>],
     run: &[(usize, usize, usize)],
     column: usize,
-    rows: std::ops::Range<usize>,
+    rows: Range<usize>,
     tile: Tile,
 ) {
     let mut pieces = [amx::Piece::NONE; RUN_PIECES];

@@ -51,6 +51,8 @@ mod parallel;
 mod plan;
 mod processor;
 mod rope;
+#[cfg(target_arch = "x86_64")]
+mod rounded;
 mod rows;
 mod small;
 mod swiglu;
@@ -63,8 +65,9 @@ pub use attention_backward::{AttentionSaved, attention_backward};
 pub use cached::{CachedContext, attend_cached};
 pub use columns::split_columns;
 pub use frozen::{
-    FrozenGradients, FrozenGroup, FrozenLinear, FrozenOutputs, FrozenPanels, FrozenSaved,
-    FrozenWanted, LowRankUpdate, Prologue,
+    FrozenGradients, FrozenGroup, FrozenLinear, FrozenMlp, FrozenOutputs, FrozenPanels,
+    FrozenSaved, FrozenWanted, LowRankUpdate, MlpGradients, MlpOutputs, MlpSaved, MlpWanted,
+    Prologue,
 };
 pub use frozen_head::frozen_token_logps;
 pub use key_values::{KeyValues, StepContext, attend_step};

@@ -108,16 +108,26 @@ pub(crate) unsafe fn input_gradient(
             );
             // SAFETY: row `row` of the gradient is this block's own.
             let dx = unsafe { dx.slice(row * hidden, hidden) };
-            for ((dx, &dout), &weight) in dx.iter_mut().zip(dout).zip(weight) {
-                *dx = dout * weight;
-            }
-            let scale = rstd[row];
-            let slope = dot(dx, x) * scale * scale * scale / hidden as f32;
-            for (dx, &x) in dx.iter_mut().zip(x) {
-                *dx = *dx * scale - x * slope;
-            }
+            row_input_gradient(x, weight, rstd[row], dout, dx);
         }
     });
+}
+
+/// One row of the gradient of `x`.
+pub(crate) fn row_input_gradient(
+    x: &[f32],
+    weight: &[f32],
+    rstd: f32,
+    dout: &[f32],
+    dx: &mut [f32],
+) {
+    for ((dx, &dout), &weight) in dx.iter_mut().zip(dout).zip(weight) {
+        *dx = dout * weight;
+    }
+    let slope = dot(dx, x) * rstd * rstd * rstd / x.len() as f32;
+    for (dx, &x) in dx.iter_mut().zip(x) {
+        *dx = *dx * rstd - x * slope;
+    }
 }
 
 fn weight_gradient(x: &[f32], rstd: &[f32], dout: &[f32], dweight: &mut [f32]) {

@@ -103,7 +103,7 @@ pub(crate) fn pack<const W: usize>(source: Source<'_>, words: &mut [f32]) {
                         continue;
                     }
                     for group in (0..unit).step_by(GROUP) {
-                        pack_along_k::<W>(source, first + group, target.add(group));
+                        pack_along_k::<W>(source, first + group, pairs, target.add(group));
                     }
                 }
             }
@@ -174,7 +174,7 @@ pub(crate) fn pack_rows(rows: usize, source: &Rows<'_>, parts: &mut [Part<'_>]) 
             }
         })
         .collect();
-    let with_tiles = processor() == Processor::Amx;
+    let path = processor();
     let sum_pairs = padded_pairs(rows);
     for_each_block(rows.div_ceil(UNIT_ROWS), 1, rows * width, |units| {
         for unit in units {
@@ -201,27 +201,16 @@ pub(crate) fn pack_rows(rows: usize, source: &Rows<'_>, parts: &mut [Part<'_>]) 
                     across.check();
                     if let Some(left) = target.left {
                         let pairs = padded_pairs(target.columns);
-                        for first in (0..count).step_by(GROUP) {
-                            // SAFETY: the features and the source were checked; `left` has room for 16 rows from each
-                            // multiple of 16 on, and these are this block's own.
-                            unsafe {
-                                let to = left.at((first_row + first) * pairs).cast();
-                                match with_tiles {
-                                    true => pack_along_k::<TILE_ROWS>(lines, first, to),
-                                    false => pack_along_k::<ROWS>(lines, first, to),
-                                }
-                            }
-                        }
+                        // SAFETY: the features and the source were checked; `left` has room for 16 rows from each
+                        // multiple of 16 on, and these are this block's own.
+                        unsafe {
+                            pack_lines(lines, path, left.at(first_row * pairs).cast(), pairs, 0)
+                        };
                     }
                     if let Some(right) = target.right {
-                        for column in (0..target.columns).step_by(COLUMNS) {
-                            let at = column * sum_pairs + first_row / 2 * COLUMNS;
-                            // SAFETY: as above; `right` has whole panels of `sum_pairs` pairs, of which these 16 are this
-                            // block's own.
-                            unsafe {
-                                pack_across_k::<COLUMNS>(across, column, right.at(at).cast());
-                            }
-                        }
+                        // SAFETY: as above; `right` has whole panels of `sum_pairs` pairs, of which these 16 are this
+                        // block's own.
+                        unsafe { pack_columns(across, right, sum_pairs, first_row) };
                     }
                 }
             };
@@ -234,6 +223,111 @@ pub(crate) fn pack_rows(rows: usize, source: &Rows<'_>, parts: &mut [Part<'_>]) 
             }
         }
     });
+}
+
+/// Packs lines that are contiguous along the sum as those of a left operand, from pair `first_pair`, a multiple of 16, on.
+///
+/// # Safety
+/// The features are there and `source` passed `check`; `target` has room for the lines, rounded up to 16, in panels of `pairs`
+/// pairs.
+unsafe fn pack_lines(
+    source: Source<'_>,
+    path: Processor,
+    target: *mut u32,
+    pairs: usize,
+    first_pair: usize,
+) {
+    for first in (0..source.lines).step_by(GROUP) {
+        // SAFETY: by the caller's promise.
+        unsafe {
+            let to = target.add(first * pairs);
+            match path == Processor::Amx {
+                true => {
+                    let to = to.add(first_pair * TILE_ROWS);
+                    pack_along_k::<TILE_ROWS>(source, first, pairs, to);
+                }
+                false => {
+                    let to = to.add(first_pair * ROWS);
+                    pack_along_k::<ROWS>(source, first, pairs, to);
+                }
+            }
+        }
+    }
+}
+
+/// Packs the columns of rows `first_row..`, a multiple of 32, as those of a right operand whose sums run over all rows.
+///
+/// # Safety
+/// The features are there and `source` passed `check`; `target` has its lines in panels of `pairs` pairs, of which those of
+/// these rows, rounded up to 16 pairs, are the caller's alone.
+unsafe fn pack_columns(source: Source<'_>, target: SharedOut, pairs: usize, first_row: usize) {
+    for column in (0..source.lines).step_by(COLUMNS) {
+        let at = column * pairs + first_row / 2 * COLUMNS;
+        // SAFETY: by the caller's promise.
+        unsafe { pack_across_k::<COLUMNS>(source, column, target.at(at).cast()) };
+    }
+}
+
+/// A block of rows, `stride` apart, and how many of their first columns count.
+#[derive(Clone, Copy)]
+pub(crate) struct BlockRows<'a> {
+    pub(crate) values: &'a [f32],
+    pub(crate) stride: usize,
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+}
+
+impl BlockRows<'_> {
+    /// Packs them, on the calling thread, as columns `first..` of a left operand for `path` whose rows are `k` long; `first` is
+    /// a multiple of 32.
+    pub(crate) fn pack_left(&self, path: Processor, words: &mut [f32], k: usize, first: usize) {
+        assert!(available(), "bf16 instructions are missing");
+        let source = Source {
+            values: self.values,
+            line_stride: self.stride,
+            k_stride: 1,
+            lines: self.rows,
+            k: self.columns,
+        };
+        source.check();
+        let pairs = padded_pairs(k);
+        assert!(first.is_multiple_of(2 * GROUP) && first / 2 + padded_pairs(self.columns) <= pairs);
+        assert!(words.len() >= left_words(self.rows, k));
+        // SAFETY: the features, the source and the room were checked.
+        unsafe { pack_lines(source, path, words.as_mut_ptr().cast(), pairs, first / 2) };
+    }
+
+    /// Packs them, on the calling thread, as columns `first..` of a right operand whose sums run over `all` rows, these being
+    /// rows `first_row..` of them: multiples of 48 and of 32.
+    ///
+    /// # Safety
+    /// `words` has [`packed_words`] of all columns and rows; nobody else touches those of these columns and rows, the rows
+    /// rounded up to 32.
+    pub(crate) unsafe fn pack_right(
+        &self,
+        words: SharedOut,
+        all: usize,
+        first_row: usize,
+        first: usize,
+    ) {
+        assert!(available(), "bf16 instructions are missing");
+        let source = Source {
+            values: self.values,
+            line_stride: 1,
+            k_stride: self.stride,
+            lines: self.columns,
+            k: self.rows,
+        };
+        source.check();
+        assert!(first_row.is_multiple_of(UNIT_ROWS) && first.is_multiple_of(COLUMNS));
+        assert!(first_row + self.rows <= all);
+        let pairs = padded_pairs(all);
+        // SAFETY: the caller's promise; the features and the source were checked.
+        unsafe {
+            let words = SharedOut::from_address(words.at(first * pairs));
+            pack_columns(source, words, pairs, first_row);
+        }
+    }
 }
 
 /// A mask of the first `count` of 16 lanes.
@@ -281,11 +375,15 @@ unsafe fn store_tile(target: *mut u32, pair: usize, lines: [__m512i; GROUP]) {
 /// Packs 16 lines whose elements are contiguous along the sum: 16 pairs of each at a time, transposed.
 ///
 /// # Safety
-/// `source` passed `check` and has `k_stride` 1; `target` as for [`store_pair`].
+/// `source` passed `check` and has `k_stride` 1; `target` as for [`store_pair`], at the first pair, in panels of `pairs` pairs.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn pack_along_k<const W: usize>(source: Source<'_>, first: usize, target: *mut u32) {
-    let pairs = padded_pairs(source.k);
-    for pair in (0..pairs).step_by(GROUP) {
+unsafe fn pack_along_k<const W: usize>(
+    source: Source<'_>,
+    first: usize,
+    pairs: usize,
+    target: *mut u32,
+) {
+    for pair in (0..padded_pairs(source.k)).step_by(GROUP) {
         let at = 2 * pair;
         let left = source.k - at;
         let (low_mask, high_mask) = (first_lanes(left), first_lanes(left.saturating_sub(16)));

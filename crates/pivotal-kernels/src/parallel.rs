@@ -77,6 +77,11 @@ impl SharedOut {
         Self(out.as_mut_ptr())
     }
 
+    /// An output that begins at `address`.
+    pub(crate) fn from_address(address: *mut f32) -> Self {
+        Self(address)
+    }
+
     /// The address of element `index`.
     ///
     /// # Safety

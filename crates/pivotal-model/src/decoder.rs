@@ -6,7 +6,7 @@
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use pivotal_core::{Gather, Pack};
-use pivotal_ops::{AttentionLayout, AttentionSpan, FrozenInput, Precision};
+use pivotal_ops::{AttentionLayout, AttentionSpan, FrozenInput, FrozenLinears, LowRank, Precision};
 
 use crate::checkpoint::Checkpoint;
 use crate::config::DecoderConfig;
@@ -356,8 +356,7 @@ impl Layer {
     ) -> Tensor<2> {
         let attended = self.attend(&x, layout, eps, precision);
         let x = x + self.project_output(attended, precision);
-        let gated = self.gate(&x, eps, precision);
-        x + gated
+        self.perceptron(x, eps, precision)
     }
 
     /// Norm, query, key and value, and attention.
@@ -381,27 +380,29 @@ impl Layer {
         pivotal_ops::rope_attention(q, k, v, layout)
     }
 
-    /// Norm and gated perceptron.
-    fn gate(&self, x: &Tensor<2>, eps: f32, precision: Precision) -> Tensor<2> {
+    /// Norm, gated perceptron, and the residual sum.
+    fn perceptron(&self, x: Tensor<2>, eps: f32, precision: Precision) -> Tensor<2> {
         let norm = FrozenInput::Normed {
             weight: &self.post_attention_layernorm,
             eps,
         };
         let group = [&self.gate_proj, &self.up_proj];
-        let down = [&self.down_proj];
-        if let Some(joined) = self.frozen[2].project(x, norm, &group, precision) {
-            if let Some(y) = self.frozen[3].project(&joined, FrozenInput::Gated, &down, precision) {
-                return y;
+        let frozen = (
+            self.frozen[2].group(norm, &group),
+            self.frozen[3].group(FrozenInput::Gated, &[&self.down_proj]),
+        );
+        if let (Some((gate_up, updates)), Some((down, down_updates))) = frozen {
+            let adapted = |updates: &[Option<LowRank<'_>>]| updates.iter().any(Option::is_some);
+            if adapted(&updates) == adapted(&down_updates) {
+                return FrozenLinears::mlp(&gate_up, &down, x, &updates, &down_updates, precision);
             }
-            let width = joined.dims()[1] / 2;
-            let half = |first| joined.clone().narrow(1, first, width);
-            let gated = pivotal_ops::swiglu(half(0), half(width));
-            return self.down_proj.forward(gated, precision);
+            let joined = gate_up.forward(x.clone(), &updates, precision);
+            return x + down.forward(joined, &down_updates, precision);
         }
         let normed = pivotal_ops::rms_norm(x.clone(), self.post_attention_layernorm.clone(), eps);
         let [gate, up] = group.map(|projection| projection.forward(normed.clone(), precision));
-        self.down_proj
-            .forward(pivotal_ops::swiglu(gate, up), precision)
+        let gated = pivotal_ops::swiglu(gate, up);
+        x + self.down_proj.forward(gated, precision)
     }
 
     fn project_output(&self, attended: Tensor<2>, precision: Precision) -> Tensor<2> {

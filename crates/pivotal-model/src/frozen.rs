@@ -41,6 +41,16 @@ impl FrozenCache {
         projections: &[&Projection],
         precision: Precision,
     ) -> Option<Tensor<2>> {
+        let (frozen, updates) = self.group(input, projections)?;
+        Some(frozen.forward(x.clone(), &updates, precision))
+    }
+
+    /// The packed projections and their updates, where a kernel takes them.
+    pub(crate) fn group<'a>(
+        &self,
+        input: FrozenInput<'_>,
+        projections: &[&'a Projection],
+    ) -> Option<(FrozenLinears, Vec<Option<LowRank<'a>>>)> {
         let layers: Vec<FrozenLayer<'_>> = projections
             .iter()
             .map(|projection| (&projection.weight, projection.bias.as_ref()))
@@ -56,8 +66,6 @@ impl FrozenCache {
             })
             .collect();
         let frozen = self.get(input, &layers)?;
-        frozen
-            .takes(&updates)
-            .then(|| frozen.forward(x.clone(), &updates, precision))
+        frozen.takes(&updates).then_some((frozen, updates))
     }
 }

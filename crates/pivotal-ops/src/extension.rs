@@ -9,7 +9,7 @@ use pivotal_kernels::Precision;
 
 use crate::attention_layout::LayoutPlan;
 use crate::flex;
-use crate::frozen::FrozenJob;
+use crate::frozen::{FrozenJob, MlpJob};
 
 /// Only Flex is listed: every other backend takes the bodies of [`crate::portable`] before it comes here.
 #[backend_extension(Autodiff, Flex)]
@@ -77,6 +77,17 @@ pub(crate) trait FusedOps: Backend {
     fn fused_rope_attention_joined(
         qkv: FloatTensor<Self>,
         plan: Arc<LayoutPlan>,
+    ) -> FloatTensor<Self>;
+
+    fn fused_frozen_mlp(x: FloatTensor<Self>, job: Arc<MlpJob>) -> FloatTensor<Self>;
+
+    fn fused_frozen_lora_mlp(
+        x: FloatTensor<Self>,
+        gate_up_a: FloatTensor<Self>,
+        gate_up_b: FloatTensor<Self>,
+        down_a: FloatTensor<Self>,
+        down_b: FloatTensor<Self>,
+        job: Arc<MlpJob>,
     ) -> FloatTensor<Self>;
 }
 
@@ -171,6 +182,24 @@ impl FusedOps for Flex {
     ) -> FloatTensor<Self> {
         flex::rope_attention::forward_joined(qkv, plan).0
     }
+
+    fn fused_frozen_mlp(x: FloatTensor<Self>, job: Arc<MlpJob>) -> FloatTensor<Self> {
+        flex::frozen_mlp::forward(&flex::contiguous(x), None, &job)
+    }
+
+    fn fused_frozen_lora_mlp(
+        x: FloatTensor<Self>,
+        gate_up_a: FloatTensor<Self>,
+        gate_up_b: FloatTensor<Self>,
+        down_a: FloatTensor<Self>,
+        down_b: FloatTensor<Self>,
+        job: Arc<MlpJob>,
+    ) -> FloatTensor<Self> {
+        let [gate_up_a, gate_up_b, down_a, down_b] =
+            [gate_up_a, gate_up_b, down_a, down_b].map(flex::contiguous);
+        let updates = [(gate_up_a, gate_up_b), (down_a, down_b)];
+        flex::frozen_mlp::forward(&flex::contiguous(x), Some(&updates), &job)
+    }
 }
 
 impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
@@ -260,5 +289,20 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         plan: Arc<LayoutPlan>,
     ) -> FloatTensor<Self> {
         flex::rope_attention::tracked_joined::<C>(qkv, plan)
+    }
+
+    fn fused_frozen_mlp(x: FloatTensor<Self>, job: Arc<MlpJob>) -> FloatTensor<Self> {
+        flex::frozen_mlp::tracked::<C>(x, job)
+    }
+
+    fn fused_frozen_lora_mlp(
+        x: FloatTensor<Self>,
+        gate_up_a: FloatTensor<Self>,
+        gate_up_b: FloatTensor<Self>,
+        down_a: FloatTensor<Self>,
+        down_b: FloatTensor<Self>,
+        job: Arc<MlpJob>,
+    ) -> FloatTensor<Self> {
+        flex::frozen_mlp::tracked_lora::<C>([x, gate_up_a, gate_up_b, down_a, down_b], job)
     }
 }

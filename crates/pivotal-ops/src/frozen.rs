@@ -81,6 +81,13 @@ pub(crate) struct FrozenJob {
     pub(crate) precision: Precision,
 }
 
+/// What one application of [`FrozenLinears::mlp`] needs besides its tensors.
+#[derive(Clone, Debug)]
+pub(crate) struct MlpJob {
+    pub(crate) gate_up: Arc<FrozenJob>,
+    pub(crate) down: Arc<FrozenJob>,
+}
+
 impl FrozenLinears {
     /// The layers, or `None` where there is no kernel for them: on another device than Flex, in another type than `f32`, or
     /// with a tensor that is trained.
@@ -167,38 +174,92 @@ impl FrozenLinears {
             "`x` is {} wide, expected {width}",
             x.dims()[1]
         );
+        let (job, update) = self.application(updates, precision);
+        Tensor::from_dispatch(match update {
+            None => Dispatch::fused_frozen_linears(x.into_dispatch(), job),
+            Some([a, b]) => Dispatch::fused_frozen_lora_linears(
+                x.into_dispatch(),
+                a.into_dispatch(),
+                b.into_dispatch(),
+                job,
+            ),
+        })
+    }
+
+    /// `x + down(gate_up(x))`, a residual gated perceptron in one operation: `gate_up` behind its norm, two layers as wide as
+    /// each other, and `down` behind the gate.
+    ///
+    /// The value is that of [`FrozenLinears::forward`] of both and a sum, bit for bit. With bf16 operands the backward pass
+    /// reads gates and ups rounded to bf16.
+    ///
+    /// # Shapes
+    /// `x` `[rows, in]`; the updates one entry a layer; returns `[rows, in]`.
+    ///
+    /// # Panics
+    /// As [`FrozenLinears::forward`], or if these are not the layers of a perceptron, or one of the two has updates and the
+    /// other has none.
+    pub fn mlp(
+        gate_up: &Self,
+        down: &Self,
+        x: Tensor<2>,
+        gate_up_updates: &[Option<LowRank<'_>>],
+        down_updates: &[Option<LowRank<'_>>],
+        precision: Precision,
+    ) -> Tensor<2> {
+        let width = gate_up.weights.inputs;
+        assert!(
+            x.dims()[1] == width,
+            "`x` is {} wide, expected {width}",
+            x.dims()[1]
+        );
+        let (gate_up, gate_up_update) = gate_up.application(gate_up_updates, precision);
+        let (down, down_update) = down.application(down_updates, precision);
+        let job = Arc::new(MlpJob { gate_up, down });
+        let x = x.into_dispatch();
+        Tensor::from_dispatch(match (gate_up_update, down_update) {
+            (None, None) => Dispatch::fused_frozen_mlp(x, job),
+            (Some(gate_up), Some(down)) => {
+                let [gate_up_a, gate_up_b] = gate_up.map(Tensor::into_dispatch);
+                let [down_a, down_b] = down.map(Tensor::into_dispatch);
+                Dispatch::fused_frozen_lora_mlp(x, gate_up_a, gate_up_b, down_a, down_b, job)
+            }
+            _ => panic!("updates before the gate and none behind it, or the other way round"),
+        })
+    }
+
+    /// One application, and the updates one below the other: `A` and `B`.
+    #[track_caller]
+    fn application(
+        &self,
+        updates: &[Option<LowRank<'_>>],
+        precision: Precision,
+    ) -> (Arc<FrozenJob>, Option<[Tensor<2>; 2]>) {
         assert!(
             self.takes(updates),
             "updates of different rank, scale or shape"
         );
         let present: Vec<_> = updates.iter().flatten().collect();
-        let job = |rank, scale| {
-            Arc::new(FrozenJob {
-                weights: self.weights.clone(),
-                adapted: updates.iter().map(Option::is_some).collect(),
-                rank,
-                scale,
-                precision,
-            })
-        };
-        let Some(first) = present.first() else {
-            return Tensor::from_dispatch(Dispatch::fused_frozen_linears(
-                x.into_dispatch(),
-                job(0, 0.0),
-            ));
-        };
+        let (rank, scale) = present
+            .first()
+            .map_or((0, 0.0), |first| (first.a.dims()[0], first.scale));
+        let job = Arc::new(FrozenJob {
+            weights: self.weights.clone(),
+            adapted: updates.iter().map(Option::is_some).collect(),
+            rank,
+            scale,
+            precision,
+        });
         let joined = |parts: Vec<Tensor<2>>| match <[_; 1]>::try_from(parts) {
             Ok([only]) => only,
             Err(parts) => Tensor::cat(parts, 0),
         };
-        let a = joined(present.iter().map(|update| update.a.clone()).collect());
-        let b = joined(present.iter().map(|update| update.b.clone()).collect());
-        Tensor::from_dispatch(Dispatch::fused_frozen_lora_linears(
-            x.into_dispatch(),
-            a.into_dispatch(),
-            b.into_dispatch(),
-            job(first.a.dims()[0], first.scale),
-        ))
+        let update = (!present.is_empty()).then(|| {
+            [
+                joined(present.iter().map(|update| update.a.clone()).collect()),
+                joined(present.iter().map(|update| update.b.clone()).collect()),
+            ]
+        });
+        (job, update)
     }
 
     /// Whether [`FrozenLinears::forward`] takes these updates: one entry a layer, of fitting shapes, and all of one rank and

@@ -54,7 +54,7 @@ fn with_lefts<T>(sources: &[Source<'_>], body: impl FnOnce(&[&[f32]]) -> T) -> T
 }
 
 /// Lends `body` the operands packed as right ones, in their order.
-fn with_rights<T>(sources: &[Source<'_>], body: impl FnOnce(&[&[f32]]) -> T) -> T {
+pub(super) fn with_rights<T>(sources: &[Source<'_>], body: impl FnOnce(&[&[f32]]) -> T) -> T {
     with_packed(sources, packed_words::<COLUMNS>, pack::<COLUMNS>, body)
 }
 
@@ -78,7 +78,13 @@ fn with_packed<T>(
 }
 
 /// Columns `first..` of rows that are `stride` long, `k` of them summed over.
-fn rows_of(values: &[f32], rows: usize, stride: usize, first: usize, k: usize) -> Source<'_> {
+pub(super) fn rows_of(
+    values: &[f32],
+    rows: usize,
+    stride: usize,
+    first: usize,
+    k: usize,
+) -> Source<'_> {
     Source {
         values: &values[first.min(values.len())..],
         line_stride: stride,
@@ -159,20 +165,12 @@ pub(super) fn forward(
         });
         scale(&mut h, update.scale);
         let rank = update.rank;
-        let mut lefts = Vec::new();
-        let mut rights = Vec::new();
-        for (layer, place) in layers.iter().zip(&places) {
-            if let Some(at) = &place.update {
-                lefts.push(rows_of(&h, rows, ranks, at.rank, rank));
-                rights.push(rows_of(
-                    update.b,
-                    layer.outputs,
-                    rank,
-                    at.output * rank,
-                    rank,
-                ));
-            }
-        }
+        let lefts: Vec<_> = places
+            .iter()
+            .filter_map(|place| place.update.as_ref())
+            .map(|at| rows_of(&h, rows, ranks, at.rank, rank))
+            .collect();
+        let rights = update_sources(group, update);
         let y = with_lefts(&lefts, |lefts| {
             with_rights(&rights, |rights| {
                 let mut updates = lefts.iter().zip(rights);
@@ -193,6 +191,33 @@ pub(super) fn forward(
         });
         (y, h)
     })
+}
+
+/// Each adapted layer's `B` as the right operand of `h Bᵀ`.
+pub(super) fn update_sources<'a>(group: &Group<'_>, update: LowRankUpdate<'a>) -> Vec<Source<'a>> {
+    let rank = update.rank;
+    let both = group.layers.iter().zip(group.places());
+    both.filter_map(|(layer, place)| {
+        let first = place.update?.output * rank;
+        Some(rows_of(update.b, layer.outputs, rank, first, rank))
+    })
+    .collect()
+}
+
+/// Each adapted layer's `B` as the right operand of `dy B`.
+pub(super) fn hidden_sources<'a>(group: &Group<'_>, update: LowRankUpdate<'a>) -> Vec<Source<'a>> {
+    let rank = update.rank;
+    let both = group.layers.iter().zip(group.places());
+    both.filter_map(|(layer, place)| {
+        Some(Source {
+            values: &update.b[place.update?.output * rank..],
+            line_stride: 1,
+            k_stride: rank,
+            lines: rank,
+            k: layer.outputs,
+        })
+    })
+    .collect()
 }
 
 /// The outputs of all layers.
@@ -374,30 +399,36 @@ fn down_gradient(
     saved: FrozenSaved<'_>,
     dh: &[f32],
 ) -> Vec<f32> {
+    let &Group { rows, inputs, .. } = group;
+    with_scratch(packed_words::<COLUMNS>(inputs, rows), |right| {
+        pack_input(frozen, saved, rows, None, Some(right));
+        down_product(group, right, dh)
+    })
+}
+
+/// `dhᵀ x`, `right` being the packed `x`.
+pub(super) fn down_product(group: &Group<'_>, right: &[f32], dh: &[f32]) -> Vec<f32> {
     let &Group {
         rows,
         inputs,
         ranks,
         ..
     } = group;
-    with_scratch(packed_words::<COLUMNS>(inputs, rows), |right| {
-        pack_input(frozen, saved, rows, None, Some(right));
-        let left = Source {
-            values: dh,
-            line_stride: 1,
-            k_stride: ranks,
-            lines: ranks,
-            k: rows,
+    let left = Source {
+        values: dh,
+        line_stride: 1,
+        k_stride: ranks,
+        lines: ranks,
+        k: rows,
+    };
+    with_lefts(&[left], |left| {
+        let segments = [Segment::whole(left[0], right, rows)];
+        let job = Job {
+            segments: &segments,
+            columns: inputs,
+            out_column: 0,
         };
-        with_lefts(&[left], |left| {
-            let segments = [Segment::whole(left[0], right, rows)];
-            let job = Job {
-                segments: &segments,
-                columns: inputs,
-                out_column: 0,
-            };
-            fresh_product(&[job], ranks, inputs)
-        })
+        fresh_product(&[job], ranks, inputs)
     })
 }
 
@@ -411,17 +442,7 @@ fn hidden_gradient(
 ) {
     let rank = update.rank;
     let adapted = || group.layers.iter().zip(places).zip(lefts);
-    let sources: Vec<_> = adapted()
-        .filter_map(|((layer, place), _)| {
-            place.update.as_ref().map(|at| Source {
-                values: &update.b[at.output * rank..],
-                line_stride: 1,
-                k_stride: rank,
-                lines: rank,
-                k: layer.outputs,
-            })
-        })
-        .collect();
+    let sources = hidden_sources(group, update);
     with_rights(&sources, |rights| {
         let mut rights = rights.iter();
         let segments: Vec<_> = adapted()
@@ -446,7 +467,7 @@ fn hidden_gradient(
 
 /// `dB_i = dy_iᵀ h_i`, of all layers; `rights` are the packed `dy_i`. The few columns of `h` stand on the left, where a panel is
 /// narrower than on the right, so it is `dB_iᵀ` that comes out.
-fn up_gradient(
+pub(super) fn up_gradient(
     group: &Group<'_>,
     places: &[Place],
     update: LowRankUpdate<'_>,

@@ -37,13 +37,13 @@ struct State {
 }
 
 /// `body` on the group as the kernels take it.
-fn with_group<T>(
+pub(super) fn with_group<T>(
     update: Option<&(FlexTensor, FlexTensor)>,
     job: &FrozenJob,
     body: impl FnOnce(FrozenGroup<'_>) -> T,
 ) -> T {
     let layers = job.layers();
-    let group = FrozenGroup {
+    body(FrozenGroup {
         prologue: match &job.weights.input {
             Prologue::Plain => kernels::Prologue::Plain,
             Prologue::Gated => kernels::Prologue::Gated,
@@ -61,8 +61,7 @@ fn with_group<T>(
             scale: job.scale,
         }),
         precision: job.precision,
-    };
-    time(Part::Linear, || body(group))
+    })
 }
 
 pub(crate) fn forward(
@@ -80,8 +79,9 @@ fn compute(
     job: &FrozenJob,
 ) -> (FlexTensor, Vec<f32>, Vec<f32>) {
     let (rows, outputs) = (dims(x)[0], job.weights.outputs());
-    let FrozenOutputs { y, h, rstd } =
-        with_group(update, job, |group| group.forward(floats(x), rows));
+    let FrozenOutputs { y, h, rstd } = with_group(update, job, |group| {
+        time(Part::Linear, || group.forward(floats(x), rows))
+    });
     (from_values(y, [rows, outputs]), rstd, h)
 }
 
@@ -147,7 +147,10 @@ fn gradients(state: &State, dy: &FlexTensor, [x, a, b]: [bool; 3]) -> [Option<Fl
     };
     let update = state.update.as_ref();
     let gradients = with_group(update, &state.job, |group| {
-        group.backward(saved, floats(dy), rows, FrozenWanted { x, a, b })
+        let wanted = FrozenWanted { x, a, b };
+        time(Part::Linear, || {
+            group.backward(saved, floats(dy), rows, wanted)
+        })
     });
     let shaped = |values: Option<Vec<f32>>, like: Option<&FlexTensor>| {
         Some(from_values(values?, like?.shape()))

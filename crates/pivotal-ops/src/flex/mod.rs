@@ -4,6 +4,7 @@
 
 pub(crate) mod frozen_linears;
 pub(crate) mod frozen_logps;
+pub(crate) mod frozen_mlp;
 pub(crate) mod linear;
 pub(crate) mod lora_linear;
 pub(crate) mod rms_norm;
