@@ -75,7 +75,7 @@ pub use logps::{HeadShape, TokenLogps, token_logps_backward, token_logps_forward
 pub use matmul::{Precision, ProductShape, Store, bf16_available, matmul_nn, matmul_nt, matmul_tn};
 pub use norm::{RmsNormGradients, rms_norm_backward, rms_norm_forward};
 pub use packed::PackedWeight;
-pub use parallel::zeros;
+pub use parallel::{with_scratch, zeros};
 pub use plan::{AttentionPlan, AttentionShape, Span};
 pub use processor::{Processor, limit_processor, processor};
 pub use rope::RopeTable;

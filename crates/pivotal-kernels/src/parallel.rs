@@ -141,7 +141,16 @@ thread_local! {
 }
 
 /// Lends `body` a buffer of `len` floats of unspecified content, kept by this thread between calls.
-pub(crate) fn with_scratch<T>(len: usize, body: impl FnOnce(&mut [f32]) -> T) -> T {
+///
+/// # Examples
+/// ```
+/// let sum = pivotal_kernels::with_scratch(2, |buffer| {
+///     buffer.copy_from_slice(&[1.0, 2.0]);
+///     buffer[0] + buffer[1]
+/// });
+/// assert_eq!(sum, 3.0);
+/// ```
+pub fn with_scratch<T>(len: usize, body: impl FnOnce(&mut [f32]) -> T) -> T {
     // Taken out rather than borrowed: while `body` waits on rayon, this thread may steal a task that asks for scratch too.
     let mut buffer = SCRATCH
         .with(|kept| kept.borrow_mut().pop())

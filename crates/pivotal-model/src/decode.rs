@@ -9,18 +9,23 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use pivotal_kernels::{
     AttentionInput, AttentionPlan, AttentionShape, KeyValues, Precision, RopeTable, Span,
     StepContext, attend_step, attention_forward, rms_norm_forward, split_columns,
-    swiglu_joined_forward,
+    swiglu_joined_forward, with_scratch,
 };
 use rayon::prelude::*;
 
 use crate::config::DecoderConfig;
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
-use crate::packed_layer::{LayerAdapters, PackedDecoder, PackedLinear};
+use crate::packed_layer::{LayerAdapters, PackedDecoder, PackedLayer, PackedLinear};
 use crate::parameter::{off_tape, to_host};
 
 /// Prompts are read together up to this many tokens; a longer one is read alone.
 const PREFILL_TOKENS: usize = 1024;
+/// Rows that go through a layer's second half together, all threads on each product: those of a step of decoding, which is bound
+/// by reading the weights.
+const MOST_STEP_ROWS: usize = 64;
+/// Of more rows each thread takes so many through the whole half, so that what is between the products stays in its caches.
+const BLOCK_ROWS: usize = 96;
 
 /// A decoder's weights laid out for decoding on the processor.
 ///
@@ -65,8 +70,6 @@ pub(crate) struct Scratch {
     k: Vec<f32>,
     v: Vec<f32>,
     attended: Vec<f32>,
-    gate_up: Vec<f32>,
-    activated: Vec<f32>,
     low: Vec<f32>,
     pub(crate) logits: Vec<f32>,
 }
@@ -303,28 +306,22 @@ impl Generator {
     ) {
         let (mut rows, hidden) = (positions.len(), self.config.hidden_size);
         let (queries, keys) = (self.config.query_size(), self.config.kv_size());
-        let inner = self.config.intermediate_size;
         let scale = self.config.rope_attention_scale();
         let rope = RopeTable::new(&self.inverse_frequencies, positions, scale);
         let eps = self.config.rms_norm_eps as f32;
         let none = LayerAdapters::default();
         let Scratch { x, low, .. } = scratch;
-        let mut normed = sized(&mut scratch.normed, rows * hidden);
-        let mut rstd = sized(&mut scratch.rstd, rows);
+        let normed = sized(&mut scratch.normed, rows * hidden);
+        let rstd = sized(&mut scratch.rstd, rows);
         let qkv = sized(&mut scratch.qkv, rows * (queries + 2 * keys));
         let q = sized(&mut scratch.q, rows * queries);
         let k = sized(&mut scratch.k, rows * keys);
         let v = sized(&mut scratch.v, rows * keys);
         let mut attended = sized(&mut scratch.attended, rows * queries);
-        let mut gate_up = sized(&mut scratch.gate_up, rows * 2 * inner);
-        let mut activated = sized(&mut scratch.activated, rows * inner);
         for (index, layer) in self.base.layers.iter().enumerate() {
             let adapters = self.adapters.get(index).unwrap_or(&none);
-            let mut linear = |weight: &PackedLinear, adapter, x: &[f32], rows, out: &mut [f32]| {
-                weight.forward(adapter, x, rows, low, out);
-            };
             rms_norm_forward(x, &layer.input_layernorm, eps, normed, rstd);
-            linear(&layer.qkv, &adapters.qkv, normed, rows, qkv);
+            layer.qkv.forward(&adapters.qkv, normed, rows, low, qkv);
             split_columns(qkv, rows, &mut [&mut *q, &mut *k, &mut *v]);
             rope.apply(q, self.config.heads);
             rope.apply(k, self.config.kv_heads);
@@ -336,27 +333,49 @@ impl Generator {
                     attended.copy_within(from * queries..(from + 1) * queries, row * queries);
                 }
                 x.truncate(rows * hidden);
-                normed = &mut normed[..rows * hidden];
-                rstd = &mut rstd[..rows];
                 attended = &mut attended[..rows * queries];
-                gate_up = &mut gate_up[..rows * 2 * inner];
-                activated = &mut activated[..rows * inner];
             }
-            linear(&layer.o_proj, &adapters.o_proj, attended, rows, normed);
-            add(x, normed);
-
-            rms_norm_forward(x, &layer.post_attention_layernorm, eps, normed, rstd);
-            linear(&layer.gate_up, &adapters.gate_up, normed, rows, gate_up);
-            swiglu_joined_forward(gate_up, inner, activated);
-            linear(
-                &layer.down_proj,
-                &adapters.down_proj,
-                activated,
-                rows,
-                normed,
-            );
-            add(x, normed);
+            if rows <= MOST_STEP_ROWS {
+                self.after_attention(layer, adapters, attended, x);
+            } else {
+                x.par_chunks_mut(BLOCK_ROWS * hidden)
+                    .zip(attended.par_chunks(BLOCK_ROWS * queries))
+                    .for_each(|(x, attended)| self.after_attention(layer, adapters, attended, x));
+            }
         }
+    }
+
+    /// What a layer does to rows `x` once they have attended: the output projection, the norm and the gated perceptron, with
+    /// both residual sums.
+    fn after_attention(
+        &self,
+        layer: &PackedLayer,
+        adapters: &LayerAdapters,
+        attended: &[f32],
+        x: &mut [f32],
+    ) {
+        let (hidden, inner) = (self.config.hidden_size, self.config.intermediate_size);
+        let rows = x.len() / hidden;
+        let eps = self.config.rms_norm_eps as f32;
+        let lens = [rows * hidden, rows, rows * 2 * inner, rows * inner];
+        with_scratch(lens.iter().sum(), |mut rest| {
+            let [normed, rstd, gate_up, activated] = lens.map(|len| {
+                let (part, after) = std::mem::take(&mut rest).split_at_mut(len);
+                rest = after;
+                part
+            });
+            let mut low = Vec::new();
+            let mut linear = |weight: &PackedLinear, adapter, x: &[f32], out: &mut [f32]| {
+                weight.forward(adapter, x, rows, &mut low, out);
+            };
+            linear(&layer.o_proj, &adapters.o_proj, attended, normed);
+            add(x, normed);
+            rms_norm_forward(x, &layer.post_attention_layernorm, eps, normed, rstd);
+            linear(&layer.gate_up, &adapters.gate_up, normed, gate_up);
+            swiglu_joined_forward(gate_up, inner, activated);
+            linear(&layer.down_proj, &adapters.down_proj, activated, normed);
+            add(x, normed);
+        });
     }
 
     /// The logits of the first `rows` rows of `scratch.x`.
