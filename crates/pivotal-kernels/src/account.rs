@@ -27,6 +27,8 @@ pub enum Part {
     Swiglu,
     /// A frozen layer's perceptron in one pass: norm, products, gated activation, residual sum.
     Mlp,
+    /// Sums of the residual stream that stand alone.
+    Residual,
     /// Making a batch: tree packing, layouts, gathers.
     Pack,
     /// Norm of the gradient, clipping, the update.
@@ -39,7 +41,7 @@ pub enum Part {
 
 impl Part {
     /// Every part, in the order of [`take`].
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Linear,
         Self::Lora,
         Self::Head,
@@ -48,6 +50,7 @@ impl Part {
         Self::Rope,
         Self::Swiglu,
         Self::Mlp,
+        Self::Residual,
         Self::Pack,
         Self::Optimizer,
         Self::Credit,
@@ -65,6 +68,7 @@ impl Part {
             Self::Rope => "rope",
             Self::Swiglu => "swiglu",
             Self::Mlp => "mlp",
+            Self::Residual => "residual",
             Self::Pack => "pack",
             Self::Optimizer => "optimizer",
             Self::Credit => "credit",

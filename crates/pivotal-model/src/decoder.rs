@@ -355,7 +355,7 @@ impl Layer {
         precision: Precision,
     ) -> Tensor<2> {
         let attended = self.attend(&x, layout, eps, precision);
-        let x = x + self.project_output(attended, precision);
+        let x = pivotal_ops::residual(x, self.project_output(attended, precision));
         self.perceptron(x, eps, precision)
     }
 

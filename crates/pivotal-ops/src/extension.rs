@@ -44,6 +44,8 @@ pub(crate) trait FusedOps: Backend {
 
     fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
 
+    fn fused_residual(x: FloatTensor<Self>, y: FloatTensor<Self>) -> FloatTensor<Self>;
+
     fn fused_token_logps(
         hidden: FloatTensor<Self>,
         head: FloatTensor<Self>,
@@ -127,6 +129,10 @@ impl FusedOps for Flex {
         plan: Arc<LayoutPlan>,
     ) -> FloatTensor<Self> {
         flex::rope_attention::forward(q, k, v, plan).0
+    }
+
+    fn fused_residual(x: FloatTensor<Self>, y: FloatTensor<Self>) -> FloatTensor<Self> {
+        flex::residual::forward(x, y)
     }
 
     fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
@@ -237,6 +243,10 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         plan: Arc<LayoutPlan>,
     ) -> FloatTensor<Self> {
         flex::rope_attention::tracked::<C>(q, k, v, plan)
+    }
+
+    fn fused_residual(x: FloatTensor<Self>, y: FloatTensor<Self>) -> FloatTensor<Self> {
+        flex::residual::tracked::<C>(x, y)
     }
 
     fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {

@@ -252,6 +252,33 @@ pub fn vocabulary_kl(
     ))
 }
 
+/// `x + y`, the residual stream and what a layer adds to it.
+///
+/// # Shapes
+/// Both of one shape, which is returned.
+///
+/// # Panics
+/// If the shapes differ.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// let row = |values: [f32; 2]| Tensor::<2>::from_floats([values], &Device::flex());
+/// let sum = pivotal_ops::residual(row([1.0, 2.0]), row([10.0, 20.0]));
+/// assert_eq!(sum.try_into_vec_as::<f32>().unwrap(), [11.0, 22.0]);
+/// ```
+pub fn residual(x: Tensor<2>, y: Tensor<2>) -> Tensor<2> {
+    expect_dim("y", 0, y.dims()[0], x.dims()[0]);
+    expect_dim("y", 1, y.dims()[1], x.dims()[1]);
+    if !fuses(&x) || !fuses(&y) {
+        return x + y;
+    }
+    Tensor::from_dispatch(Dispatch::fused_residual(
+        x.into_dispatch(),
+        y.into_dispatch(),
+    ))
+}
+
 /// Whether a kernel takes this tensor: on Flex, in `f32`.
 fn fuses<const D: usize>(tensor: &Tensor<D>) -> bool {
     let device = tensor.device();

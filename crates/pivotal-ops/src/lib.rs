@@ -1,4 +1,4 @@
-//! Seven fused, differentiable operations of a Llama-shaped transformer on Burn tensors.
+//! Eight fused, differentiable operations of a Llama-shaped transformer on Burn tensors.
 //!
 //! | operation | what is fused |
 //! |---|---|
@@ -7,13 +7,15 @@
 //! | [`rms_norm`] | root mean square normalisation and its gain |
 //! | [`rope_attention`] | rotary embedding and attention over a tree-packed batch |
 //! | [`swiglu`] | `silu(gate) · up` |
+//! | [`residual`] | a sum with all threads, in place |
 //! | [`token_logps`] | language model head, log-softmax and gather, without the logits |
 //! | [`vocabulary_kl`] | two heads, their softmax and the divergence between the two, without the logits |
 //!
 //! On Burn's processor backend (Flex, `f32`) each runs the kernels of `pivotal-kernels` and has a gradient written by
 //! hand. Everywhere else the same function is composed of Burn's own operations ([`portable`]) and Burn derives the
 //! gradient. [`FrozenLinears`] goes further where weights are not trained: it packs them once, and takes the norm before
-//! them, the layers side by side and their low-rank updates together. A parent that does not require a gradient gets none computed and keeps nothing alive for the others' sake.
+//! them, the layers side by side and their low-rank updates together, and a whole gated perceptron with its norm and residual
+//! sum. A parent that does not require a gradient gets none computed and keeps nothing alive for the others' sake.
 
 mod attention_layout;
 mod device;
@@ -27,7 +29,7 @@ pub use attention_layout::{AttentionLayout, LayoutError};
 pub use device::{DeviceError, DeviceName, card};
 pub use frozen::{FrozenInput, FrozenLayer, FrozenLinears, LowRank};
 pub use fused::{
-    linear, lora_linear, rms_norm, rope_attention, rope_attention_joined, swiglu, token_logps,
-    vocabulary_kl,
+    linear, lora_linear, residual, rms_norm, rope_attention, rope_attention_joined, swiglu,
+    token_logps, vocabulary_kl,
 };
 pub use pivotal_kernels::{Precision, Span as AttentionSpan};

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use pivotal_ops::{
-    AttentionLayout, AttentionSpan, Precision, linear, lora_linear, portable, rms_norm,
+    AttentionLayout, AttentionSpan, Precision, linear, lora_linear, portable, residual, rms_norm,
     rope_attention, swiglu, token_logps, vocabulary_kl,
 };
 
@@ -176,6 +176,25 @@ fn swiglu_agrees() {
             |i| portable::swiglu(i[0].clone(), i[1].clone()),
             TOLERANCE,
         );
+    }
+}
+
+#[test]
+fn residual_agrees() {
+    for (rows, width) in [(1, 1), (13, 29), (300, 70)] {
+        let inputs = [matrix(7, rows, width), matrix(8, rows, width)];
+        assert_agrees(
+            &format!("{rows} {width}"),
+            &inputs,
+            |i| residual(i[0].clone(), i[1].clone()),
+            |i| i[0].clone() + i[1].clone(),
+            0.0,
+        );
+        // What somebody else holds is left as it was.
+        let [x, y] = inputs;
+        let before: Vec<f32> = y.clone().try_into_vec_as().unwrap();
+        let _ = residual(x, y.clone());
+        assert_eq!(y.try_into_vec_as::<f32>().unwrap(), before);
     }
 }
 

@@ -165,6 +165,84 @@ fn layers_with_updates_agree() {
     }
 }
 
+/// A perceptron of 33 and 200: norm, gate, up and down, each composed.
+fn perceptron(
+    i: &[Tensor<2>],
+    norm: &Tensor<1>,
+    weights: &[Tensor<2>; 3],
+    linear: &dyn Fn(usize, Tensor<2>, Tensor<2>) -> Tensor<2>,
+) -> Tensor<2> {
+    let [gate, up, down] = weights.each_ref();
+    let x = portable::rms_norm(i[0].clone(), norm.clone(), 1e-5);
+    let gated = portable::swiglu(linear(0, x.clone(), gate.clone()), linear(1, x, up.clone()));
+    i[0].clone() + linear(2, gated, down.clone())
+}
+
+#[test]
+fn a_perceptron_agrees() {
+    let norm = vector(7, 33);
+    let weights = [
+        matrix(11, 200, 33),
+        matrix(12, 200, 33),
+        matrix(13, 33, 200).mul_scalar(0.1),
+    ];
+    let [gate, up, down] = weights.each_ref();
+    let normed = FrozenInput::Normed {
+        weight: &norm,
+        eps: 1e-5,
+    };
+    let gate_up = FrozenLinears::new(normed, &[(gate, None), (up, None)]).unwrap();
+    let down = FrozenLinears::new(FrozenInput::Gated, &[(down, None)]).unwrap();
+    for rows in [1, 63, 64, 65] {
+        // x, then A and B of gate and down; up has none.
+        let leaves = [
+            matrix(1, rows, 33),
+            matrix(2, 4, 33),
+            matrix(3, 200, 4),
+            matrix(4, 6, 200),
+            matrix(5, 33, 6),
+        ];
+        for (precision, tolerance) in PRECISIONS {
+            assert_agrees(
+                &format!("updates, {rows} {precision:?}"),
+                &leaves,
+                &|i| {
+                    let update = |at: usize, scale| LowRank {
+                        a: &i[at],
+                        b: &i[at + 1],
+                        scale,
+                    };
+                    let updates = ([Some(update(1, 0.5)), None], [Some(update(3, 0.25))]);
+                    let x = i[0].clone();
+                    FrozenLinears::mlp(&gate_up, &down, x, &updates.0, &updates.1, precision)
+                },
+                &|i| {
+                    perceptron(i, &norm, &weights, &|layer, x, weight| match layer {
+                        0 => portable::lora_linear(x, weight, i[1].clone(), i[2].clone(), 0.5),
+                        2 => portable::lora_linear(x, weight, i[3].clone(), i[4].clone(), 0.25),
+                        _ => portable::linear(x, weight),
+                    })
+                },
+                tolerance,
+            );
+            assert_agrees(
+                &format!("no updates, {rows} {precision:?}"),
+                &leaves[..1],
+                &|i| {
+                    let x = i[0].clone();
+                    FrozenLinears::mlp(&gate_up, &down, x, &[None, None], &[None], precision)
+                },
+                &|i| {
+                    perceptron(i, &norm, &weights, &|_, x, weight| {
+                        portable::linear(x, weight)
+                    })
+                },
+                tolerance,
+            );
+        }
+    }
+}
+
 #[test]
 fn layers_without_updates_agree() {
     let (norm, weight) = (vector(7, 65), matrix(11, 50, 65));

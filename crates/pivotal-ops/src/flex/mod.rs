@@ -7,6 +7,7 @@ pub(crate) mod frozen_logps;
 pub(crate) mod frozen_mlp;
 pub(crate) mod linear;
 pub(crate) mod lora_linear;
+pub(crate) mod residual;
 pub(crate) mod rms_norm;
 pub(crate) mod rope_attention;
 pub(crate) mod swiglu;
