@@ -23,7 +23,7 @@ use crate::attention_amx_rows::{DEPTH, GROUP, Keys, Rows, Source, TILE_WORDS, ta
 use crate::attention_avx512::{VECTOR, bits, cut, exp2, first_lanes, load, store, store_part};
 use crate::panels::{COLUMNS, TILE_ROWS};
 use crate::parallel::{SERIAL_WORK, SharedOut, with_scratch};
-use crate::plan::{AttentionPlan, Span};
+use crate::plan::{AttentionPlan, Family, Span};
 
 /// Keys whose scores are held at a time: whole panels of keys and whole tiles of weights.
 const CHUNK: usize = 192;
@@ -34,19 +34,19 @@ const RUN_SCORES: usize = 1 << 19;
 
 /// Rows of a span that are multiplied together.
 #[derive(Clone, Copy)]
-struct RowBlock {
-    span: Span,
-    rows: Rows,
+pub(crate) struct RowBlock {
+    pub(crate) span: Span,
+    pub(crate) rows: Rows,
     /// Tokens of the span that the last row sees.
-    own: usize,
+    pub(crate) own: usize,
 }
 
 impl RowBlock {
-    fn keys(&self) -> usize {
+    pub(crate) fn keys(&self) -> usize {
         self.span.prefix_len + self.own
     }
 
-    fn scores(&self) -> usize {
+    pub(crate) fn scores(&self) -> usize {
         self.rows.count * self.keys()
     }
 }
@@ -59,36 +59,41 @@ struct Run {
 
 /// Where the runs end depends on the spans alone, and no row depends on where they do.
 fn runs(plan: &AttentionPlan) -> Vec<Run> {
-    let group = plan.shape().group();
     let mut runs: Vec<Run> = Vec::new();
     for family in &plan.families {
         let mut open = false;
-        for span in family.spans() {
-            let lanes = span.len * group;
-            for first in (0..lanes).step_by(BLOCK_ROWS) {
-                let count = BLOCK_ROWS.min(lanes - first);
-                let block = RowBlock {
-                    span,
-                    rows: Rows { first, count },
-                    own: (first + count - 1) / group + 1,
-                };
-                match runs.last_mut() {
-                    Some(run) if open && run.scores < RUN_SCORES => {
-                        run.scores += block.scores();
-                        run.blocks.push(block);
-                    }
-                    _ => runs.push(Run {
-                        blocks: vec![block],
-                        scores: block.scores(),
-                    }),
+        for block in row_blocks(family, plan.shape().group()) {
+            match runs.last_mut() {
+                Some(run) if open && run.scores < RUN_SCORES => {
+                    run.scores += block.scores();
+                    run.blocks.push(block);
                 }
-                open = true;
+                _ => runs.push(Run {
+                    blocks: vec![block],
+                    scores: block.scores(),
+                }),
             }
+            open = true;
         }
     }
     // The largest first, so that none is left for the end; the sort is stable.
     runs.sort_by_key(|run| std::cmp::Reverse(run.scores));
     runs
+}
+
+/// The rows of a family's spans, in order.
+pub(crate) fn row_blocks(family: &Family, group: usize) -> impl Iterator<Item = RowBlock> {
+    family.spans().flat_map(move |span| {
+        let lanes = span.len * group;
+        (0..lanes).step_by(BLOCK_ROWS).map(move |first| {
+            let count = BLOCK_ROWS.min(lanes - first);
+            RowBlock {
+                span,
+                rows: Rows { first, count },
+                own: (first + count - 1) / group + 1,
+            }
+        })
+    })
 }
 
 /// Every row of both outputs that is a span's.
@@ -139,7 +144,7 @@ impl Forward<'_> {
     fn run(&self, run: &Run, head: usize, tiles: &Tiles) {
         let columns = self.source.columns();
         let most = run.blocks.iter().map(RowBlock::keys).max().unwrap_or(0);
-        let words = Keys::scratch(&self.source, most);
+        let words = Keys::scratch(&self.source, most, false);
         let block =
             2 * (DEPTH + CHUNK_TILES) * TILE_WORDS + BLOCK_ROWS * (CHUNK + columns + VECTOR);
         with_scratch(words + block, |mut scratch| {
@@ -151,7 +156,7 @@ impl Forward<'_> {
                 totals: cut(&mut scratch, BLOCK_ROWS * VECTOR),
                 shifts: [0.0; BLOCK_ROWS],
             };
-            let mut keys = Keys::new(self.source, head, most, scratch);
+            let mut keys = Keys::new(self.source, head, most, false, scratch);
             for blocks in run.blocks.chunk_by(|a, b| a.span.start == b.span.start) {
                 let last = blocks[blocks.len() - 1];
                 // SAFETY: the features were found when the plan was made.
@@ -211,7 +216,7 @@ impl Forward<'_> {
             let pieces = [Piece {
                 left: queries.as_ptr().cast(),
                 below: queries[DEPTH * TILE_WORDS..].as_ptr().cast(),
-                right: keys.panel((first + at) / COLUMNS).as_ptr().cast(),
+                right: keys.keys((first + at) / COLUMNS).as_ptr().cast(),
                 right_row: 4 * COLUMNS,
                 tiles: depth,
             }];
@@ -240,7 +245,7 @@ impl Forward<'_> {
         tiles: &Tiles,
     ) {
         let columns = self.source.columns();
-        let (weights, values) = (&*buffers.weights, keys.values(first));
+        let (weights, values) = (&*buffers.weights, keys.pairs(first));
         let depth = len.div_ceil(GROUP);
         assert!(values.len() >= depth * VECTOR * columns);
         for at in (0..columns).step_by(GROUP) {
@@ -289,7 +294,7 @@ impl Forward<'_> {
 }
 
 /// The places of a vector at `at` that are before `seen`.
-fn before(seen: usize, at: usize) -> u16 {
+pub(crate) fn before(seen: usize, at: usize) -> u16 {
     first_lanes(seen.saturating_sub(at))
 }
 

@@ -1,8 +1,8 @@
 //! Rows of queries, keys and values as the tiles of AMX want them: read where they lie, rotated on the way.
 
 use std::arch::x86_64::{
-    __m512i, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cvtne2ps_pbh, _mm512_mul_ps,
-    _mm512_set1_ps, _mm512_setzero_si512, _mm512_sub_ps,
+    __m512i, _mm512_add_ps, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtne2ps_pbh,
+    _mm512_mul_ps, _mm512_set1_ps, _mm512_setzero_si512, _mm512_sub_ps,
 };
 
 use crate::amx::Tiles;
@@ -10,6 +10,7 @@ use crate::attention::AttentionInput;
 use crate::attention_avx512::{VECTOR, bits, interleave, load, load_part, store, store_part};
 use crate::matmul::Precision;
 use crate::panels::{COLUMNS, TILE_ROWS, transpose};
+use crate::parallel::SharedOut;
 use crate::plan::{AttentionPlan, AttentionShape, Span};
 use crate::rope::RopeTable;
 
@@ -102,37 +103,67 @@ impl<'a> Source<'a> {
         self.shape.head_dim.next_multiple_of(VECTOR)
     }
 
-    /// Rows `first..first + rows` of a span (query times group, then head in the group) as left tiles, times the scale of
-    /// scores: `tiles` holds [`DEPTH`] tiles of 16 rows, then those of the next 16; zeros below the last row.
+    /// Rows of a span (query times group, then head in the group) as left tiles, times the scale of scores: `tiles` holds
+    /// [`DEPTH`] tiles of 16 rows, then those of the next 16; zeros below the last row.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub(crate) fn queries(&self, span: Span, head: usize, rows: Rows, tiles: &mut [f32]) {
+        let scale = self.shape.scale();
+        self.rows((self.q, self.rope), scale, (span, head, rows), tiles, None);
+    }
+
+    /// The same of any matrix of queries' shape. `turned`, where it is wanted, gets the rows as columns: for each 16 elements
+    /// of a head a left tile `[16, 16 pairs of rows]`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub(crate) fn rows(
+        &self,
+        (from, rope): (Columns<'_>, Option<&RopeTable>),
+        scale: f32,
+        (span, head, rows): (Span, usize, Rows),
+        tiles: &mut [f32],
+        mut turned: Option<&mut [f32]>,
+    ) {
         let (dim, group) = (self.shape.head_dim, self.shape.group());
-        let mut row = Row::ZERO;
+        let columns = self.columns();
+        let mut two = [Row::ZERO; 2];
+        let mut pairs = [[_mm512_setzero_si512(); VECTOR]; MOST / VECTOR];
         let (mut query, mut member) = (rows.first / group, rows.first % group);
         for at in 0..rows.count.next_multiple_of(TILE_ROWS) {
             let to = &mut tiles[at / TILE_ROWS * DEPTH * TILE_WORDS + at % TILE_ROWS * VECTOR..];
-            if at >= rows.count {
-                for tile in 0..self.steps() / VECTOR {
-                    to[tile * TILE_WORDS..][..VECTOR].fill(0.0);
+            let row = &mut two[at % 2];
+            if at < rows.count {
+                let token = span.start + query;
+                let from = from.head(token, head * group + member, dim);
+                row.fetch(from, rope.map(|rope| rope.angles(token)), scale);
+                member += 1;
+                if member == group {
+                    (query, member) = (query + 1, 0);
                 }
-                continue;
+            } else {
+                *row = Row::ZERO;
             }
-            let token = span.start + query;
-            let from = self.q.head(token, head * group + member, dim);
-            row.fetch(
-                from,
-                self.rope.map(|rope| rope.angles(token)),
-                self.shape.scale(),
-            );
             for tile in 0..self.steps() / VECTOR {
                 store(
                     _mm512_castsi512_ps(row.words(tile)),
                     &mut to[tile * TILE_WORDS..],
                 );
             }
-            member += 1;
-            if member == group {
-                (query, member) = (query + 1, 0);
+            if turned.is_some() && at % 2 == 1 {
+                let mut words = [0.0; MOST];
+                Row::pair(&two, &mut words[..columns]);
+                for (pairs, words) in pairs.iter_mut().zip(words[..columns].chunks_exact(VECTOR)) {
+                    pairs[at / 2] = _mm512_castps_si512(load(words));
+                }
+            }
+        }
+        if let Some(turned) = turned.as_deref_mut() {
+            let tiles = turned.chunks_exact_mut(TILE_WORDS).take(columns / VECTOR);
+            for (pairs, to) in pairs.into_iter().zip(tiles) {
+                for (words, to) in transpose(pairs)
+                    .into_iter()
+                    .zip(to.chunks_exact_mut(VECTOR))
+                {
+                    store(_mm512_castsi512_ps(words), to);
+                }
             }
         }
     }
@@ -146,6 +177,7 @@ pub(crate) struct Rows {
 }
 
 /// One row of a head, zeros after its end.
+#[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Row([f32; MOST]);
 
@@ -185,6 +217,17 @@ impl Row {
         }
     }
 
+    /// Words of two rows: an element of the first, then the same of the second.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    #[inline]
+    fn pair(rows: &[Self; 2], to: &mut [f32]) {
+        let [even, odd] = rows;
+        let from = even.0.chunks_exact(VECTOR).zip(odd.0.chunks_exact(VECTOR));
+        for ((even, odd), to) in from.zip(to.chunks_exact_mut(VECTOR)) {
+            store(interleave(load(even), load(odd)), to);
+        }
+    }
+
     /// Elements `32·tile` and on, rounded to bf16.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     #[inline]
@@ -194,14 +237,15 @@ impl Row {
     }
 }
 
-/// The keys and values that the rows of a span see, as right operands: the prefix and the span behind it, in one line.
+/// What the rows of a span see, as right operands: the prefix and the span behind it, in one line.
 pub(crate) struct Keys<'a> {
     source: Source<'a>,
     head: usize,
-    /// Panels of 48 keys, `[steps, 48]` each.
+    /// Panels of 48 keys, `[steps, 48]` each, for sums over `head_dim`; the gradient wants the values so as well.
     keys: &'a mut [f32],
-    /// Pairs of values, `[pairs, columns]`.
-    values: &'a mut [f32],
+    values: Option<&'a mut [f32]>,
+    /// Pairs of values, `[pairs, columns]`, for sums over tokens; the gradient wants the keys so.
+    pairs: &'a mut [f32],
     /// First token of the line, and how many tokens after it are packed.
     start: usize,
     len: usize,
@@ -209,37 +253,49 @@ pub(crate) struct Keys<'a> {
 
 impl<'a> Keys<'a> {
     /// Floats of scratch for `keys` keys.
-    pub(crate) fn scratch(source: &Source<'_>, keys: usize) -> usize {
+    pub(crate) fn scratch(source: &Source<'_>, keys: usize, gradient: bool) -> usize {
         let keys = keys.next_multiple_of(WHOLE);
-        keys * source.steps() + keys / 2 * source.columns()
+        keys * source.steps() * (1 + usize::from(gradient)) + keys / 2 * source.columns()
     }
 
     /// Nothing is packed yet; `scratch` is as long as [`Keys::scratch`] says for the longest line.
     pub(crate) fn new(
         source: Source<'a>,
         head: usize,
-        keys: usize,
+        longest: usize,
+        gradient: bool,
         scratch: &'a mut [f32],
     ) -> Self {
-        let (keys, values) = scratch.split_at_mut(keys.next_multiple_of(WHOLE) * source.steps());
+        let panels = longest.next_multiple_of(WHOLE) * source.steps();
+        let (keys, scratch) = scratch.split_at_mut(panels);
+        let (values, pairs) = scratch.split_at_mut(if gradient { panels } else { 0 });
         Self {
             source,
             head,
             keys,
-            values,
+            values: gradient.then_some(values),
+            pairs,
             start: 0,
             len: 0,
         }
     }
 
     /// Panel `panel` of keys: words `[steps, 48]`.
-    pub(crate) fn panel(&self, panel: usize) -> &[f32] {
-        &self.keys[panel * self.source.steps() * COLUMNS..][..self.source.steps() * COLUMNS]
+    pub(crate) fn keys(&self, panel: usize) -> &[f32] {
+        let words = self.source.steps() * COLUMNS;
+        &self.keys[panel * words..][..words]
     }
 
-    /// The values of key `key` (an even one) and on: words `[pairs, columns]`.
-    pub(crate) fn values(&self, key: usize) -> &[f32] {
-        &self.values[key / 2 * self.source.columns()..]
+    /// The same of values, where there is a gradient.
+    pub(crate) fn values(&self, panel: usize) -> &[f32] {
+        let words = self.source.steps() * COLUMNS;
+        let values = self.values.as_deref().expect("packed for the gradient");
+        &values[panel * words..][..words]
+    }
+
+    /// Pairs from key `key` (an even one) on: words `[pairs, columns]`.
+    pub(crate) fn pairs(&self, key: usize) -> &[f32] {
+        &self.pairs[key / 2 * self.source.columns()..]
     }
 
     /// Packs what the first `own` tokens of `span` see. What is there already of its prefix stays.
@@ -274,23 +330,61 @@ impl<'a> Keys<'a> {
     /// Packs a group of keys and their values, zeros where there is no token.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     fn group(&mut self, first: usize, tokens: [Option<usize>; GROUP]) {
-        let Source {
-            shape, k, v, rope, ..
-        } = self.source;
-        let (steps, columns) = (self.source.steps(), self.source.columns());
-        let mut row = Row::ZERO;
+        let Self {
+            source, head, keys, ..
+        } = self;
+        let Source { k, v, rope, .. } = *source;
+        let pairs = &mut self.pairs[first / 2 * source.columns()..];
+        match &mut self.values {
+            Some(values) => {
+                source.panel((k, rope), *head, first, tokens, keys, Some(pairs));
+                source.panel((v, None), *head, first, tokens, values, None);
+            }
+            None => {
+                source.panel((k, rope), *head, first, tokens, keys, None);
+                source.pairs(v, *head, tokens, pairs);
+            }
+        }
+    }
+}
+
+impl Source<'_> {
+    /// Columns `first..first + 32` of panels, and their pairs.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    fn panel(
+        &self,
+        (from, rope): (Columns<'_>, Option<&RopeTable>),
+        head: usize,
+        first: usize,
+        tokens: [Option<usize>; GROUP],
+        panels: &mut [f32],
+        mut pairs: Option<&mut [f32]>,
+    ) {
+        let (steps, columns) = (self.steps(), self.columns());
+        let mut rows = [Row::ZERO; 2];
         for (half, tokens) in tokens.chunks_exact(VECTOR).enumerate() {
             let mut tiles = [[_mm512_setzero_si512(); VECTOR]; DEPTH];
             for (at, token) in tokens.iter().enumerate() {
-                let Some(token) = *token else { break };
-                let from = k.head(token, self.head, shape.head_dim);
-                row.fetch(from, rope.map(|rope| rope.angles(token)), 1.0);
+                let row = &mut rows[at % 2];
+                match *token {
+                    Some(token) => {
+                        let from = from.head(token, head, self.shape.head_dim);
+                        row.fetch(from, rope.map(|rope| rope.angles(token)), 1.0);
+                    }
+                    None => *row = Row::ZERO,
+                }
                 for (tile, words) in tiles.iter_mut().enumerate().take(steps / VECTOR) {
                     words[at] = row.words(tile);
                 }
+                if let Some(pairs) = pairs.as_deref_mut().filter(|_| at % 2 == 1) {
+                    Row::pair(
+                        &rows,
+                        &mut pairs[(half * VECTOR + at) / 2 * columns..][..columns],
+                    );
+                }
             }
             let key = first + half * VECTOR;
-            let panel = &mut self.keys[key / COLUMNS * steps * COLUMNS + key % COLUMNS..];
+            let panel = &mut panels[key / COLUMNS * steps * COLUMNS + key % COLUMNS..];
             for (tile, words) in tiles.into_iter().enumerate().take(steps / VECTOR) {
                 for (step, words) in transpose(words).into_iter().enumerate() {
                     let to = &mut panel[(tile * VECTOR + step) * COLUMNS..];
@@ -298,18 +392,119 @@ impl<'a> Keys<'a> {
                 }
             }
         }
-        for (pair, tokens) in tokens.chunks_exact(2).enumerate() {
+    }
+
+    /// Pairs of rows as they lie, not rotated.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    fn pairs(
+        &self,
+        from: Columns<'_>,
+        head: usize,
+        tokens: [Option<usize>; GROUP],
+        to: &mut [f32],
+    ) {
+        let columns = self.columns();
+        for (tokens, to) in tokens.chunks_exact(2).zip(to.chunks_exact_mut(columns)) {
             let value = |token: Option<usize>| {
-                token.map_or(&[][..], |token| v.head(token, self.head, shape.head_dim))
+                token.map_or(&[][..], |token| from.head(token, head, self.shape.head_dim))
             };
             let (even, odd) = (value(tokens[0]), value(tokens[1]));
-            let to = &mut self.values[(first / 2 + pair) * columns..][..columns];
             for (at, to) in to.chunks_exact_mut(VECTOR).enumerate() {
                 let part = |x: &[f32]| {
                     load_part(&x[(at * VECTOR).min(x.len())..(at * VECTOR + VECTOR).min(x.len())])
                 };
                 store(interleave(part(even), part(odd)), to);
             }
+        }
+    }
+}
+
+/// Where the gradients of a [`Source`] go.
+#[derive(Clone, Copy)]
+pub(crate) struct Target<'a> {
+    pub(crate) q: Place,
+    pub(crate) k: Place,
+    pub(crate) v: Place,
+    /// Turns the gradients of queries and keys back.
+    pub(crate) rope: Option<&'a RopeTable>,
+}
+
+/// Some columns of a matrix that tasks write at disjoint places.
+#[derive(Clone, Copy)]
+pub(crate) struct Place {
+    pub(crate) values: SharedOut,
+    pub(crate) width: usize,
+    pub(crate) first: usize,
+}
+
+impl<'a> Target<'a> {
+    /// Three matrices.
+    pub(crate) fn apart(shape: AttentionShape, [q, k, v]: [SharedOut; 3]) -> Self {
+        let whole = |values, width| Place {
+            values,
+            width,
+            first: 0,
+        };
+        Self {
+            q: whole(q, shape.query_width()),
+            k: whole(k, shape.key_width()),
+            v: whole(v, shape.key_width()),
+            rope: None,
+        }
+    }
+
+    /// Rows of query, key and value.
+    pub(crate) fn joined(shape: AttentionShape, rope: &'a RopeTable, values: SharedOut) -> Self {
+        let (queries, keys) = (shape.query_width(), shape.key_width());
+        let part = |first| Place {
+            values,
+            width: queries + 2 * keys,
+            first,
+        };
+        Self {
+            q: part(0),
+            k: part(queries),
+            v: part(queries + keys),
+            rope: Some(rope),
+        }
+    }
+}
+
+impl Place {
+    /// Writes one head of one token, times `scale`, turned back where there is a table.
+    ///
+    /// # Safety
+    /// The head of the token lies inside the matrix, and no other task touches it.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub(crate) unsafe fn write(
+        self,
+        (token, head): (usize, usize),
+        from: &[f32],
+        scale: f32,
+        rope: Option<&RopeTable>,
+    ) {
+        let at = token * self.width + self.first + head * from.len();
+        // SAFETY: the caller's promise.
+        let to = unsafe { self.values.slice(at, from.len()) };
+        let scale = _mm512_set1_ps(scale);
+        let Some((cosines, sines)) = rope.map(|rope| rope.angles(token)) else {
+            for (from, to) in from.chunks(VECTOR).zip(to.chunks_mut(VECTOR)) {
+                store_part(_mm512_mul_ps(load_part(from), scale), to);
+            }
+            return;
+        };
+        let half = cosines.len();
+        let ((a, b), (first, second)) = (from.split_at(half), to.split_at_mut(half));
+        for at in (0..half).step_by(VECTOR) {
+            let part = at..half.min(at + VECTOR);
+            let a = _mm512_mul_ps(load_part(&a[part.clone()]), scale);
+            let b = _mm512_mul_ps(load_part(&b[part.clone()]), scale);
+            let cosine = load_part(&cosines[part.clone()]);
+            let sine = load_part(&sines[part.clone()]);
+            let turned = _mm512_add_ps(_mm512_mul_ps(a, cosine), _mm512_mul_ps(b, sine));
+            store_part(turned, &mut first[part.clone()]);
+            let turned = _mm512_sub_ps(_mm512_mul_ps(b, cosine), _mm512_mul_ps(a, sine));
+            store_part(turned, &mut second[part]);
         }
     }
 }

@@ -19,6 +19,8 @@ mod attention;
 #[cfg(target_arch = "x86_64")]
 mod attention_amx;
 #[cfg(target_arch = "x86_64")]
+mod attention_amx_backward;
+#[cfg(target_arch = "x86_64")]
 mod attention_amx_forward;
 #[cfg(target_arch = "x86_64")]
 mod attention_amx_rows;

@@ -2,6 +2,8 @@
 
 use crate::attention::{AttentionInput, attention};
 use crate::attention_backward::{AttentionSaved, attention_backward};
+#[cfg(target_arch = "x86_64")]
+use crate::parallel::written;
 use crate::plan::AttentionPlan;
 use crate::rope::RopeTable;
 
@@ -59,6 +61,24 @@ pub fn rope_attention_backward(
 ) -> Vec<f32> {
     let shape = plan.shape();
     check(plan, rope, joined);
+    saved.check(plan, dout);
+    #[cfg(target_arch = "x86_64")]
+    if crate::attention_amx_rows::takes(plan) {
+        use crate::attention_amx_rows::{Source, Target};
+        let source = Source::joined(shape, rope, joined);
+        let width = shape.query_width() + 2 * shape.key_width();
+        // SAFETY: tokens are in a span or in a gap, and each is written: as a query, and as one of its family.
+        return unsafe {
+            written(joined.len(), |gradient| {
+                for gap in &plan.gaps {
+                    let gap = gradient.slice(gap.start * width, gap.len() * width);
+                    gap.fill(0.0);
+                }
+                let target = Target::joined(shape, rope, gradient);
+                crate::attention_amx_backward::backward(plan, source, saved, dout, target);
+            })
+        };
+    }
     let [q, k, v] = rope.split(joined, shape);
     let input = AttentionInput {
         q: &q,
