@@ -120,7 +120,7 @@ impl<'a> Source<'a> {
         scale: f32,
         (span, head, rows): (Span, usize, Rows),
         tiles: &mut [f32],
-        mut turned: Option<&mut [f32]>,
+        turned: Option<&mut [f32]>,
     ) {
         let (dim, group) = (self.shape.head_dim, self.shape.group());
         let columns = self.columns();
@@ -148,17 +148,18 @@ impl<'a> Source<'a> {
                 );
             }
             if turned.is_some() && at % 2 == 1 {
-                let mut words = [0.0; MOST];
-                Row::pair(&two, &mut words[..columns]);
-                for (pairs, words) in pairs.iter_mut().zip(words[..columns].chunks_exact(VECTOR)) {
-                    pairs[at / 2] = _mm512_castps_si512(load(words));
+                let [even, odd] = &two;
+                for (tile, pairs) in pairs.iter_mut().enumerate().take(columns / VECTOR) {
+                    let part = tile * VECTOR..;
+                    let words = interleave(load(&even.0[part.clone()]), load(&odd.0[part]));
+                    pairs[at / 2] = _mm512_castps_si512(words);
                 }
             }
         }
-        if let Some(turned) = turned.as_deref_mut() {
+        if let Some(turned) = turned {
             let tiles = turned.chunks_exact_mut(TILE_WORDS).take(columns / VECTOR);
-            for (pairs, to) in pairs.into_iter().zip(tiles) {
-                for (words, to) in transpose(pairs)
+            for (pairs, to) in pairs.iter().zip(tiles) {
+                for (words, to) in transpose(*pairs)
                     .into_iter()
                     .zip(to.chunks_exact_mut(VECTOR))
                 {
@@ -385,8 +386,8 @@ impl Source<'_> {
             }
             let key = first + half * VECTOR;
             let panel = &mut panels[key / COLUMNS * steps * COLUMNS + key % COLUMNS..];
-            for (tile, words) in tiles.into_iter().enumerate().take(steps / VECTOR) {
-                for (step, words) in transpose(words).into_iter().enumerate() {
+            for (tile, words) in tiles.iter().enumerate().take(steps / VECTOR) {
+                for (step, words) in transpose(*words).into_iter().enumerate() {
                     let to = &mut panel[(tile * VECTOR + step) * COLUMNS..];
                     store(_mm512_castsi512_ps(words), to);
                 }
