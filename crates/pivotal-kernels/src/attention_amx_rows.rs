@@ -1,8 +1,8 @@
 //! Rows of queries, keys and values as the tiles of AMX want them: read where they lie, rotated on the way.
 
 use std::arch::x86_64::{
-    __m512i, _mm512_add_ps, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtne2ps_pbh,
-    _mm512_mul_ps, _mm512_set1_ps, _mm512_setzero_si512, _mm512_sub_ps,
+    __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_add_ps, _mm512_castps_si512, _mm512_castsi512_ps,
+    _mm512_cvtne2ps_pbh, _mm512_mul_ps, _mm512_set1_ps, _mm512_setzero_si512, _mm512_sub_ps,
 };
 
 use crate::amx::Tiles;
@@ -40,6 +40,19 @@ pub(crate) struct Columns<'a> {
     /// Floats from a row to the next, and of a row before these columns.
     pub(crate) width: usize,
     pub(crate) first: usize,
+}
+
+/// Tokens that rows are asked for ahead of their turn: about a block of three heads a key head.
+const AHEAD: usize = 11;
+
+/// Asks for the lines of `row` as it lies so many floats further on, wherever that is: nothing is read.
+#[inline]
+fn ask_ahead(row: &[f32], floats: usize) {
+    let line = row.as_ptr().wrapping_add(floats);
+    for at in (0..row.len()).step_by(VECTOR) {
+        // SAFETY: a prefetch of any address is allowed.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(at).cast()) };
+    }
 }
 
 impl<'a> Columns<'a> {
@@ -132,7 +145,9 @@ impl<'a> Source<'a> {
             let row = &mut two[at % 2];
             if at < rows.count {
                 let token = span.start + query;
+                let ahead = AHEAD * from.width;
                 let from = from.head(token, head * group + member, dim);
+                ask_ahead(from, ahead);
                 row.fetch(from, rope.map(|rope| rope.angles(token)), scale);
                 member += 1;
                 if member == group {
@@ -369,7 +384,9 @@ impl Source<'_> {
                 let row = &mut rows[at % 2];
                 match *token {
                     Some(token) => {
+                        let ahead = AHEAD * from.width;
                         let from = from.head(token, head, self.shape.head_dim);
+                        ask_ahead(from, ahead);
                         row.fetch(from, rope.map(|rope| rope.angles(token)), 1.0);
                     }
                     None => *row = Row::ZERO,
