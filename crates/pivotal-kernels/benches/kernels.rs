@@ -4,8 +4,8 @@ use divan::Bencher;
 use divan::counter::ItemsCount;
 use pivotal_kernels::{
     AttentionInput, AttentionPlan, AttentionSaved, AttentionShape, HeadShape, PackedWeight,
-    Precision, ProductShape, Span, Store, attention_backward, attention_forward, matmul_nn,
-    matmul_nt, matmul_tn, token_logps_backward, token_logps_forward,
+    Precision, ProductShape, RopeTable, Span, Store, attention_backward, attention_forward,
+    matmul_nn, matmul_nt, matmul_tn, rope_attention, token_logps_backward, token_logps_forward,
 };
 
 fn main() {
@@ -173,6 +173,40 @@ fn attend_back(bencher: Bencher, plan: &AttentionPlan) {
     bencher
         .counter(ItemsCount::new(tokens))
         .bench_local(|| attention_backward(plan, input, saved, &q));
+}
+
+/// Sixteen pairs as scoring packs them: about 4,096 tokens of prompts of 139 with two responses of 60.
+fn families() -> AttentionPlan {
+    let span = |start, len, prefix_start, prefix_len| Span {
+        start,
+        len,
+        prefix_start,
+        prefix_len,
+    };
+    let spans: Vec<Span> = (0..16)
+        .map(|family| 259 * family)
+        .flat_map(|start| {
+            [
+                span(start, 139, start, 0),
+                span(start + 139, 60, start, 139),
+                span(start + 199, 60, start, 139),
+            ]
+        })
+        .collect();
+    AttentionPlan::new(&spans, 16 * 259, HEADS)
+}
+
+/// Rotation and attention of those.
+#[divan::bench(consts = [0, 1])]
+fn scoring_attention<const BF16: usize>(bencher: Bencher) {
+    let plan = families().with_precision(precision(BF16));
+    let frequencies: Vec<f32> = (0..32).map(|i| 0.8f32.powi(i)).collect();
+    let positions: Vec<usize> = (0..plan.tokens()).map(|token| token % 259).collect();
+    let rope = RopeTable::new(&frequencies, &positions, 1.0);
+    let joined = values(plan.tokens() * 960);
+    bencher
+        .counter(ItemsCount::new(plan.tokens()))
+        .bench_local(|| rope_attention(&plan, &rope, &joined));
 }
 
 #[divan::bench(consts = [0, 1])]

@@ -78,15 +78,25 @@ pub fn attention_forward(
 /// If a slice's length does not fit the plan.
 #[must_use]
 pub fn attention(plan: &AttentionPlan, input: AttentionInput<'_>) -> (Vec<f32>, Vec<f32>) {
-    let shape = plan.shape();
     input.check(plan);
-    let mut lse = Vec::new();
     // SAFETY: tokens are in a span or in a gap, and `attend` writes the rows of both.
+    unsafe { written_by(plan, |out, lse| attend(plan, input, out, lse)) }
+}
+
+/// New memory that `write` fills: the output and the log-sum-exps.
+///
+/// # Safety
+/// `write` writes every element of both.
+pub(crate) unsafe fn written_by(
+    plan: &AttentionPlan,
+    write: impl FnOnce(SharedOut, SharedOut),
+) -> (Vec<f32>, Vec<f32>) {
+    let shape = plan.shape();
+    let mut lse = Vec::new();
+    // SAFETY: the caller's promise.
     let out = unsafe {
         written(plan.tokens() * shape.query_width(), |out| {
-            lse = written(plan.tokens() * shape.heads, |lse| {
-                attend(plan, input, out, lse)
-            });
+            lse = written(plan.tokens() * shape.heads, |lse| write(out, lse));
         })
     };
     (out, lse)
@@ -97,15 +107,14 @@ pub fn attention(plan: &AttentionPlan, input: AttentionInput<'_>) -> (Vec<f32>, 
 /// # Safety
 /// They are as long as [`attention_forward`] says, initialised or not, and nobody else touches them meanwhile.
 unsafe fn attend(plan: &AttentionPlan, input: AttentionInput<'_>, out: SharedOut, lse: SharedOut) {
+    // SAFETY: the caller's promise.
+    unsafe { fill_gaps(plan, out, lse) };
     let shape = plan.shape();
-    for gap in &plan.gaps {
-        // SAFETY: a gap lies inside the batch.
-        unsafe {
-            let (width, heads) = (shape.query_width(), shape.heads);
-            out.slice(gap.start * width, gap.len() * width).fill(0.0);
-            lse.slice(gap.start * heads, gap.len() * heads)
-                .fill(f32::NEG_INFINITY);
-        }
+    #[cfg(target_arch = "x86_64")]
+    if crate::attention_amx_rows::takes(plan) {
+        let source = crate::attention_amx_rows::Source::apart(shape, input);
+        // SAFETY: the caller's promise.
+        return unsafe { crate::attention_amx_forward::forward(plan, source, out, lse) };
     }
     #[cfg(target_arch = "x86_64")]
     if plan.vectors {
@@ -122,6 +131,23 @@ unsafe fn attend(plan: &AttentionPlan, input: AttentionInput<'_>, out: SharedOut
             attend_block(shape, input, block, head, out, lse);
         }
     });
+}
+
+/// What tokens in no span get.
+///
+/// # Safety
+/// As for [`attend`].
+pub(crate) unsafe fn fill_gaps(plan: &AttentionPlan, out: SharedOut, lse: SharedOut) {
+    let shape = plan.shape();
+    for gap in &plan.gaps {
+        // SAFETY: a gap lies inside the batch.
+        unsafe {
+            let (width, heads) = (shape.query_width(), shape.heads);
+            out.slice(gap.start * width, gap.len() * width).fill(0.0);
+            lse.slice(gap.start * heads, gap.len() * heads)
+                .fill(f32::NEG_INFINITY);
+        }
+    }
 }
 
 /// A block of queries of the heads that share key head `head`, as matrices with row `query * group + head in the group`.

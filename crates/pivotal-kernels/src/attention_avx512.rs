@@ -182,7 +182,8 @@ pub(crate) struct Size {
     pub(crate) steps: usize,
 }
 
-/// `out (+)= left · right`, with tiles where there are some; rows of `out` are `stride` apart. Without them an element's sum runs over the steps in ascending order.
+/// `out (+)= left · right`, with tiles where there are some (heads too large for `attention_amx_rows`); rows of `out` are `stride`
+/// apart. Without them an element's sum runs over the steps in ascending order.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 pub(crate) fn product<const BF16: bool>(
     tiles: Option<&Tiles>,

@@ -22,6 +22,16 @@ pub struct AttentionSaved<'a> {
     pub lse: &'a [f32],
 }
 
+impl AttentionSaved<'_> {
+    #[track_caller]
+    pub(crate) fn check(&self, plan: &AttentionPlan, dout: &[f32]) {
+        let (tokens, shape) = (plan.tokens(), plan.shape());
+        check_len("saved.out", self.out, tokens * shape.query_width());
+        check_len("saved.lse", self.lse, tokens * shape.heads);
+        check_len("dout", dout, tokens * shape.query_width());
+    }
+}
+
 /// The gradients of [`attention_forward`](crate::attention_forward) with respect to `q`, `k` and `v`, each shaped as that. Those
 /// of a shared prompt are sums over its responses, in their order.
 ///
@@ -41,13 +51,19 @@ pub fn attention_backward(
     let queries = plan.tokens() * shape.query_width();
     let keys = plan.tokens() * shape.key_width();
     input.check(plan);
-    check_len("saved.out", saved.out, queries);
-    check_len("saved.lse", saved.lse, plan.tokens() * shape.heads);
-    check_len("dout", dout, queries);
+    saved.check(plan, dout);
     let mut gradients = [queries, keys, keys].map(zeros);
     let [dq, dk, dv] = gradients
         .each_mut()
         .map(|gradient| SharedOut::new(gradient));
+    #[cfg(target_arch = "x86_64")]
+    if crate::attention_amx_rows::takes(plan) {
+        let source = crate::attention_amx_rows::Source::apart(shape, input);
+        let target = crate::attention_amx_rows::Target::apart(shape, [dq, dk, dv]);
+        // SAFETY: the three have the lengths of the plan.
+        unsafe { crate::attention_amx_backward::backward(plan, source, saved, dout, target) };
+        return gradients;
+    }
     #[cfg(target_arch = "x86_64")]
     if plan.vectors {
         let targets = crate::attention_avx512_backward::Targets {

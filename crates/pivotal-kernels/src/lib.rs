@@ -19,6 +19,12 @@ mod attention;
 #[cfg(target_arch = "x86_64")]
 mod attention_amx;
 #[cfg(target_arch = "x86_64")]
+mod attention_amx_backward;
+#[cfg(target_arch = "x86_64")]
+mod attention_amx_forward;
+#[cfg(target_arch = "x86_64")]
+mod attention_amx_rows;
+#[cfg(target_arch = "x86_64")]
 mod attention_avx512;
 #[cfg(target_arch = "x86_64")]
 mod attention_avx512_backward;
@@ -51,6 +57,7 @@ mod parallel;
 mod plan;
 mod processor;
 mod rope;
+mod rope_attention;
 #[cfg(target_arch = "x86_64")]
 mod rounded;
 mod rows;
@@ -79,6 +86,7 @@ pub use parallel::{with_scratch, zeros};
 pub use plan::{AttentionPlan, AttentionShape, Span};
 pub use processor::{Processor, limit_processor, processor};
 pub use rope::RopeTable;
+pub use rope_attention::{rope_attention, rope_attention_backward};
 pub use rows::{argmax, log_sum_exp};
 pub use swiglu::{swiglu_backward, swiglu_forward, swiglu_joined_backward, swiglu_joined_forward};
 pub use vocabulary_kl::{HeadInput, VocabularyKl, vocabulary_kl_backward, vocabulary_kl_forward};

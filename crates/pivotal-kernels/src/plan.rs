@@ -145,6 +145,12 @@ pub(crate) struct Family {
 }
 
 impl Family {
+    /// Its spans, in order.
+    pub(crate) fn spans(&self) -> impl Iterator<Item = Span> {
+        let first = |block: &&Block| block.first == 0;
+        self.blocks.iter().filter(first).map(|block| block.span)
+    }
+
     /// From the first token to the last.
     pub(crate) fn extent(&self) -> Range<usize> {
         match (self.tokens.first(), self.tokens.last()) {

@@ -161,7 +161,7 @@ impl RopeTable {
     }
 
     #[track_caller]
-    fn joined_width(&self, joined: &[f32], shape: AttentionShape) -> usize {
+    pub(crate) fn joined_width(&self, joined: &[f32], shape: AttentionShape) -> usize {
         assert!(
             shape.head_dim == self.head_dim(),
             "heads of {} are not the table's",
@@ -172,10 +172,15 @@ impl RopeTable {
         width
     }
 
+    /// The cosines and the sines of a token.
+    pub(crate) fn angles(&self, token: usize) -> (&[f32], &[f32]) {
+        self.values[token * 2 * self.half..][..2 * self.half].split_at(self.half)
+    }
+
     /// The heads of one token, rotated.
     fn turn(&self, token: usize, from: &[f32], to: &mut [f32], direction: f32) {
         let half = self.half;
-        let (cosines, sines) = self.values[token * 2 * half..][..2 * half].split_at(half);
+        let (cosines, sines) = self.angles(token);
         let heads = from
             .chunks_exact(2 * half)
             .zip(to.chunks_exact_mut(2 * half));
@@ -198,7 +203,7 @@ impl RopeTable {
         let target = SharedOut::new(x);
         for_each_block(self.tokens, rows_per_block(width), 3 * len, |tokens| {
             for token in tokens {
-                let (cosines, sines) = self.values[token * 2 * half..][..2 * half].split_at(half);
+                let (cosines, sines) = self.angles(token);
                 // SAFETY: row `token` is this block's own.
                 let row = unsafe { target.slice(token * width, width) };
                 for head in row.chunks_exact_mut(2 * half) {

@@ -194,7 +194,7 @@ fn span(start: usize, len: usize, prefix_start: usize, prefix_len: usize) -> Spa
     }
 }
 
-fn shapes() -> [AttentionShape; 6] {
+fn shapes() -> [AttentionShape; 7] {
     [
         (1, 1, 3),
         (1, 1, 64),
@@ -202,6 +202,7 @@ fn shapes() -> [AttentionShape; 6] {
         (6, 2, 16),
         (16, 2, 4),
         (3, 1, 80),
+        (1, 1, 144),
     ]
     .map(|(heads, kv_heads, head_dim)| AttentionShape {
         heads,

@@ -8,7 +8,10 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
 use pivotal_kernels::account::{Part, time};
-use pivotal_kernels::{AttentionInput, AttentionSaved, attention, attention_backward};
+use pivotal_kernels::{
+    AttentionInput, AttentionSaved, attention, attention_backward, rope_attention,
+    rope_attention_backward,
+};
 
 use super::{TrackedTensor, contiguous, dims, floats, from_values, map_in_place};
 use crate::attention_layout::LayoutPlan;
@@ -25,6 +28,15 @@ pub(crate) struct State {
     q: FlexTensor,
     k: FlexTensor,
     v: FlexTensor,
+    out: FlexTensor,
+    lse: Arc<[f32]>,
+    plan: Arc<LayoutPlan>,
+}
+
+/// What the backward pass needs where the rows are joined: them, not rotated yet.
+#[derive(Clone, Debug)]
+pub(crate) struct JoinedState {
+    qkv: FlexTensor,
     out: FlexTensor,
     lse: Arc<[f32]>,
     plan: Arc<LayoutPlan>,
@@ -51,11 +63,7 @@ pub(crate) fn forward(
     let k = map_in_place(k, |k| {
         time(Part::Rope, || plan.rope.apply(k, shape.kv_heads))
     });
-    attend([q, k, contiguous(v)], plan)
-}
-
-/// From rotated queries and keys.
-fn attend([q, k, v]: [FlexTensor; 3], plan: Arc<LayoutPlan>) -> (FlexTensor, State) {
+    let v = contiguous(v);
     let input = AttentionInput {
         q: floats(&q),
         k: floats(&k),
@@ -95,18 +103,21 @@ pub(crate) fn tracked<C: CheckpointStrategy>(
     }
 }
 
-/// As [`forward`], from rows of query, key and value.
-pub(crate) fn forward_joined(qkv: FlexTensor, plan: Arc<LayoutPlan>) -> (FlexTensor, State) {
+/// As [`forward`], from rows of query, key and value, which are rotated where they are read.
+pub(crate) fn forward_joined(qkv: FlexTensor, plan: Arc<LayoutPlan>) -> (FlexTensor, JoinedState) {
     let shape = plan.attention.shape();
     let qkv = contiguous(qkv);
-    let rows = dims(&qkv)[0];
-    let parts = time(Part::Rope, || plan.rope.split(floats(&qkv), shape));
-    drop(qkv);
-    let parts = parts.map(|part| {
-        let width = part.len() / rows.max(1);
-        from_values(part, [rows, width])
+    let (out, lse) = time(Part::Attention, || {
+        rope_attention(&plan.attention, &plan.rope, floats(&qkv))
     });
-    attend(parts, plan)
+    let out = from_values(out, [dims(&qkv)[0], shape.heads * shape.head_dim]);
+    let state = JoinedState {
+        qkv,
+        out: out.clone(),
+        lse: lse.into(),
+        plan,
+    };
+    (out, state)
 }
 
 pub(crate) fn tracked_joined<C: CheckpointStrategy>(
@@ -161,19 +172,31 @@ impl Backward<Flex, 3> for RopeAttentionBackward {
 }
 
 impl Backward<Flex, 1> for JoinedBackward {
-    type State = State;
+    type State = JoinedState;
 
-    fn backward(self, ops: Ops<State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+    fn backward(self, ops: Ops<JoinedState, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dout = contiguous(grads.consume::<Flex>(&ops.node));
         let [node] = ops.parents;
         let Some(node) = node else { return };
-        let ([rows, width], [_, key_width]) = (dims(&ops.state.q), dims(&ops.state.k));
-        let parts = gradients(&ops.state, &dout);
-        let plan = &ops.state.plan;
-        let joined = time(Part::Rope, || {
-            let parts = parts.each_ref().map(|part| &part[..]);
-            plan.rope.join(parts, plan.attention.shape())
+        let JoinedState {
+            qkv,
+            out,
+            lse,
+            plan,
+        } = &ops.state;
+        let saved = AttentionSaved {
+            out: floats(out),
+            lse,
+        };
+        let joined = time(Part::Attention, || {
+            rope_attention_backward(
+                &plan.attention,
+                &plan.rope,
+                floats(qkv),
+                saved,
+                floats(&dout),
+            )
         });
-        grads.register::<Flex>(node.id, from_values(joined, [rows, width + 2 * key_width]));
+        grads.register::<Flex>(node.id, from_values(joined, dims(qkv)));
     }
 }
