@@ -185,6 +185,7 @@ pub(crate) unsafe fn multiply_jobs_at(
 /// Products of blocks of rows on the calling thread, while it lives. Not to be held across a wait for other tasks, which would
 /// drop the tile registers' shape.
 pub(crate) struct Multiplier {
+    path: Processor,
     tiles: Option<amx::Tiles>,
 }
 
@@ -193,9 +194,15 @@ impl Multiplier {
     pub(crate) fn on(path: Processor) -> Self {
         assert!(available() && path >= Processor::Avx512 && path <= processor());
         Self {
+            path,
             // SAFETY: this is AMX's path.
             tiles: (path == Processor::Amx).then(|| unsafe { amx::Tiles::configure() }),
         }
+    }
+
+    /// What the left operands must be packed for.
+    pub(crate) fn path(&self) -> Processor {
+        self.path
     }
 
     /// Columns `columns` of `Σ segments`, the first of which begins a panel, into rows of `out` that are `stride` apart.

@@ -108,7 +108,7 @@ impl FrozenMlp<'_> {
             mut y, h: down_h, ..
         } = self.down.forward(&joined, rows);
         y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
-        let saved = keep.then(|| MlpSaved {
+        let saved = keep.then_some(MlpSaved {
             rstd,
             joined: Joined::F32(joined),
             gate_up_h,

@@ -160,7 +160,6 @@ impl Update<'_> {
     /// `h = s·input Aᵀ` of a block, and its packs.
     fn apply(
         &self,
-        path: Processor,
         multiplier: &Multiplier,
         left: &[f32],
         rows: usize,
@@ -181,7 +180,7 @@ impl Update<'_> {
                 rows,
                 columns: self.rank,
             };
-            block.pack_left(path, pack, self.rank, 0);
+            block.pack_left(multiplier.path(), pack, self.rank, 0);
         }
     }
 
@@ -328,11 +327,11 @@ impl Forward<'_> {
             }
             let panel = left_words(1, hidden) / 16;
             for_normed(weight, x, rstd, normed, |row, block| {
-                block.pack_left(self.path, &mut left[row * panel..], hidden, 0);
+                block.pack_left(multiplier.path(), &mut left[row * panel..], hidden, 0);
             });
             let left = &*left;
             self.gate_up
-                .apply(self.path, &multiplier, left, count, gate_up_h, h_packs);
+                .apply(&multiplier, left, count, gate_up_h, h_packs);
             let segments = self
                 .gate_up
                 .segments(&self.mlp.gate_up, left, h_packs, count);
@@ -360,11 +359,11 @@ impl Forward<'_> {
                     rows: count,
                     columns: width,
                 };
-                block.pack_left(self.path, gated, inner, columns.start);
+                block.pack_left(multiplier.path(), gated, inner, columns.start);
             }
             let gated = &*gated;
             self.down
-                .apply(self.path, &multiplier, gated, count, down_h, down_packs);
+                .apply(&multiplier, gated, count, down_h, down_packs);
             let segments = self.down.segments(&self.mlp.down, gated, down_packs, count);
             let sums = &mut work[..count * hidden];
             multiplier.multiply(&segments[0], count, 0..hidden, sums, hidden);

@@ -88,7 +88,6 @@ impl Transposed<'_> {
     /// `dh_i = s·dy_i B_i` of the adapted layers' `dy`, each `outputs` wide, and its pack.
     fn apply<'l>(
         &self,
-        path: Processor,
         multiplier: &Multiplier,
         lefts: impl Iterator<Item = &'l [f32]>,
         outputs: usize,
@@ -111,7 +110,7 @@ impl Transposed<'_> {
             rows,
             columns: self.ranks,
         };
-        block.pack_left(path, pack, self.ranks, 0);
+        block.pack_left(multiplier.path(), pack, self.ranks, 0);
     }
 
     /// `dh A`, if there is an update.
@@ -307,22 +306,15 @@ impl Backward<'_> {
                 rows: count,
                 columns: hidden,
             };
-            block.pack_left(self.path, left, hidden, 0);
+            block.pack_left(multiplier.path(), left, hidden, 0);
             if let Some(right) = self.out.dout {
                 // SAFETY: the rows are the caller's.
                 unsafe { block.pack_right(right, self.rows, first, 0) };
             }
             let left = &*left;
             let lefts = std::iter::once(left);
-            self.down.apply(
-                self.path,
-                &multiplier,
-                lefts,
-                hidden,
-                count,
-                down_dh,
-                down_pack,
-            );
+            self.down
+                .apply(&multiplier, lefts, hidden, count, down_dh, down_pack);
             let [layer] = self.mlp.down.layers else {
                 unreachable!("the groups were checked");
             };
@@ -363,7 +355,7 @@ impl Backward<'_> {
                 let halves = [(&*gate, &mut *gates), (&*up, &mut *ups)];
                 for ((values, left), right) in halves.into_iter().zip(self.out.halves) {
                     if self.inner {
-                        block(values).pack_left(self.path, left, inner, columns.start);
+                        block(values).pack_left(multiplier.path(), left, inner, columns.start);
                     }
                     if let Some(right) = right {
                         // SAFETY: as above.
@@ -378,15 +370,8 @@ impl Backward<'_> {
             let layers = self.mlp.gate_up.layers;
             let adapted = layers.iter().zip(lefts).filter(|(layer, _)| layer.adapted);
             let adapted = adapted.map(|(_, left)| left);
-            self.gate_up.apply(
-                self.path,
-                &multiplier,
-                adapted,
-                inner,
-                count,
-                gate_up_dh,
-                gate_up_pack,
-            );
+            self.gate_up
+                .apply(&multiplier, adapted, inner, count, gate_up_dh, gate_up_pack);
             let x = &self.x[first * hidden..][..count * hidden];
             let rstd = &self.rstd[first..][..count];
             let (weight, _) = norm(self.mlp);
