@@ -468,6 +468,30 @@ mod tests {
         });
     }
 
+    /// Weights are packed at first use: that happens before the threads part, for whoever packs waits for the others.
+    #[test]
+    fn many_threads_may_be_the_first() {
+        on_each(|| {
+            let case = Case {
+                rows: 512,
+                hidden: 192,
+                inner: 576,
+                adapted: [true; 3],
+                rank: 4,
+                bias: false,
+                precision: Precision::Bf16,
+            };
+            let expected = on_threads(1, || case.run(&case.data(), ALL).0);
+            for threads in [2, 3, 8] {
+                for _ in 0..20 {
+                    let data = case.data();
+                    let (y, _) = on_threads(threads, || case.run(&data, ALL));
+                    assert_eq!(y, expected);
+                }
+            }
+        });
+    }
+
     #[test]
     fn what_is_not_asked_for_is_not_there_and_the_rest_is_the_same() {
         on_each(|| {

@@ -10,11 +10,11 @@ use std::ops::Range;
 
 use super::bf16::{rows_of, update_sources, with_rights};
 use super::mlp::{Joined, MlpOutputs, MlpSaved};
-use super::{FrozenGroup, FrozenMlp, Group, Prologue, scale};
+use super::{FrozenGroup, FrozenLinear, FrozenMlp, Group, Prologue, scale};
 use crate::group::{Multiplier, Segment};
 use crate::lanes::{sigmoid, widest};
 use crate::norm::{row_rstd, scale_row};
-use crate::panels::{BlockRows, left_words};
+use crate::panels::{BlockRows, left_words, padded_pairs};
 use crate::parallel::{SharedOut, for_each_block, with_scratch, written};
 use crate::processor::{Processor, processor};
 use crate::rounded::round_row;
@@ -106,59 +106,64 @@ fn add_bias(bias: Option<&[f32]>, columns: Range<usize>, block: &mut [f32], stri
     }
 }
 
-/// A group's update as its forward pass reads it.
-struct Update<'a> {
+/// A group's right operands, all packed before the rows are cut into blocks: packing waits for other threads, and a block must not.
+struct Operands<'a> {
+    layers: &'a [FrozenLinear<'a>],
     inputs: usize,
-    /// Adapted layers.
-    layers: usize,
-    /// `A`, packed.
+    /// Each layer's weight, for `x Wᵀ`.
+    weights: Vec<&'a [f32]>,
+    /// The update's `A`.
     a: &'a [f32],
-    /// Each adapted layer's `B`, packed.
+    /// Each adapted layer's `B`.
     b: &'a [&'a [f32]],
     rank: usize,
     scale: f32,
 }
 
-/// Lends `body` a group's update, packed.
-fn with_update<T>(frozen: &FrozenGroup<'_>, body: impl FnOnce(&Update<'_>) -> T) -> T {
-    let group = Group::new(frozen.layers, 0, frozen.inputs, frozen.update);
-    let Some(update) = frozen.update.filter(|_| group.ranks > 0) else {
-        return body(&Update {
-            inputs: frozen.inputs,
-            layers: 0,
-            a: &[],
-            b: &[],
-            rank: 0,
-            scale: 1.0,
-        });
-    };
+/// Lends `body` a group's operands.
+fn with_operands<T>(frozen: &FrozenGroup<'_>, body: impl FnOnce(&Operands<'_>) -> T) -> T {
     let inputs = frozen.inputs;
+    let group = Group::new(frozen.layers, 0, inputs, frozen.update);
+    let weights = frozen.layers.iter();
+    let operands = Operands {
+        layers: frozen.layers,
+        inputs,
+        weights: weights
+            .map(|layer| layer.panels.forward(layer, inputs))
+            .collect(),
+        a: &[],
+        b: &[],
+        rank: 0,
+        scale: 1.0,
+    };
+    let Some(update) = frozen.update.filter(|_| group.ranks > 0) else {
+        return body(&operands);
+    };
     with_rights(&[rows_of(update.a, group.ranks, inputs, 0, inputs)], |a| {
         with_rights(&update_sources(&group, update), |b| {
-            body(&Update {
-                inputs,
-                layers: b.len(),
+            body(&Operands {
                 a: a[0],
                 b,
                 rank: update.rank,
                 scale: update.scale,
+                ..operands
             })
         })
     })
 }
 
-impl Update<'_> {
+impl Operands<'_> {
     fn ranks(&self) -> usize {
-        self.layers * self.rank
+        self.b.len() * self.rank
     }
 
     /// Words of a block's packed `h`, for all adapted layers.
-    fn words(&self, rows: usize) -> usize {
-        self.layers * left_words(rows, self.rank)
+    fn h_words(&self, rows: usize) -> usize {
+        self.b.len() * left_words(rows, self.rank)
     }
 
     /// `h = s·input Aᵀ` of a block, and its packs.
-    fn apply(
+    fn update(
         &self,
         multiplier: &Multiplier,
         left: &[f32],
@@ -166,7 +171,7 @@ impl Update<'_> {
         h: &mut [f32],
         packs: &mut [f32],
     ) {
-        if self.layers == 0 || self.rank == 0 {
+        if self.ranks() == 0 {
             return;
         }
         let whole = Segment::whole(left, self.a, self.inputs);
@@ -187,7 +192,6 @@ impl Update<'_> {
     /// Each layer's segments: its weight's, and its update's if it has one.
     fn segments<'s>(
         &'s self,
-        group: &FrozenGroup<'s>,
         left: &'s [f32],
         packs: &'s [f32],
         rows: usize,
@@ -196,16 +200,14 @@ impl Update<'_> {
             .b
             .iter()
             .zip(packs.chunks_exact(left_words(rows, self.rank).max(1)));
-        let layers = group.layers.iter();
-        layers
-            .map(|layer| {
-                let right = layer.panels.forward(layer, self.inputs);
-                let whole = Segment::whole(left, right, self.inputs);
-                let update = if layer.adapted { updates.next() } else { None };
-                let update = update.map(|(b, h)| Segment::whole(h, b, self.rank));
-                std::iter::once(whole).chain(update).collect()
-            })
-            .collect()
+        let both = self.layers.iter().zip(&self.weights);
+        both.map(|(layer, weight)| {
+            let whole = Segment::whole(left, weight, self.inputs);
+            let update = if layer.adapted { updates.next() } else { None };
+            let update = update.map(|(b, h)| Segment::whole(h, b, self.rank));
+            std::iter::once(whole).chain(update).collect()
+        })
+        .collect()
     }
 }
 
@@ -223,8 +225,8 @@ struct Forward<'a> {
     mlp: &'a FrozenMlp<'a>,
     path: Processor,
     x: &'a [f32],
-    gate_up: &'a Update<'a>,
-    down: &'a Update<'a>,
+    gate_up: &'a Operands<'a>,
+    down: &'a Operands<'a>,
     out: Outputs,
 }
 
@@ -233,8 +235,8 @@ pub(super) fn forward(mlp: &FrozenMlp<'_>, x: &[f32], rows: usize, keep: bool) -
     let (hidden, inner) = (mlp.hidden(), mlp.inner());
     let (mut y, mut kept, mut rstd) = (Vec::new(), Vec::new(), vec![0.0; rows]);
     let (mut gate_up_h, mut down_h) = (Vec::new(), Vec::new());
-    with_update(&mlp.gate_up, |gate_up| {
-        with_update(&mlp.down, |down| {
+    with_operands(&mlp.gate_up, |gate_up| {
+        with_operands(&mlp.down, |down| {
             gate_up_h = vec![0.0; rows * gate_up.ranks()];
             down_h = vec![0.0; rows * down.ranks()];
             let mut run = |y: SharedOut, kept: Option<SharedOut>| {
@@ -313,8 +315,8 @@ impl Forward<'_> {
         let words = [
             left_words(count, hidden),
             left_words(count, inner),
-            self.gate_up.words(count),
-            self.down.words(count),
+            self.gate_up.h_words(count),
+            self.down.h_words(count),
             UNIT * hidden,
             // The last product's sums take the place of what was made before.
             (count * 2 * CHUNK).max(count * hidden),
@@ -325,20 +327,18 @@ impl Forward<'_> {
             for (rstd, x) in rstd.iter_mut().zip(x.chunks_exact(hidden)) {
                 *rstd = row_rstd(x, eps);
             }
-            let panel = left_words(1, hidden) / 16;
+            let panel = padded_pairs(hidden);
             for_normed(weight, x, rstd, normed, |row, block| {
                 block.pack_left(multiplier.path(), &mut left[row * panel..], hidden, 0);
             });
             let left = &*left;
             self.gate_up
-                .apply(&multiplier, left, count, gate_up_h, h_packs);
-            let segments = self
-                .gate_up
-                .segments(&self.mlp.gate_up, left, h_packs, count);
+                .update(&multiplier, left, count, gate_up_h, h_packs);
+            let segments = self.gate_up.segments(left, h_packs, count);
             for columns in chunks(inner) {
                 let width = columns.len();
                 let chunk = &mut work[..count * 2 * width];
-                let halves = self.mlp.gate_up.layers.iter().zip(&segments);
+                let halves = self.gate_up.layers.iter().zip(&segments);
                 for (half, (layer, segments)) in halves.enumerate() {
                     let half = &mut chunk[half * width..];
                     multiplier.multiply(segments, count, columns.clone(), half, 2 * width);
@@ -363,11 +363,11 @@ impl Forward<'_> {
             }
             let gated = &*gated;
             self.down
-                .apply(&multiplier, gated, count, down_h, down_packs);
-            let segments = self.down.segments(&self.mlp.down, gated, down_packs, count);
+                .update(&multiplier, gated, count, down_h, down_packs);
+            let segments = self.down.segments(gated, down_packs, count);
             let sums = &mut work[..count * hidden];
             multiplier.multiply(&segments[0], count, 0..hidden, sums, hidden);
-            add_bias(self.mlp.down.layers[0].bias, 0..hidden, sums, hidden);
+            add_bias(self.down.layers[0].bias, 0..hidden, sums, hidden);
             for ((y, x), sum) in y.iter_mut().zip(x).zip(sums) {
                 *y = *sum + x;
             }

@@ -34,34 +34,40 @@ fn gate_gradient(gates: &mut [f32], ups: &mut [f32], slopes: &mut [f32]) {
     );
 }
 
-/// A group's update as its backward pass reads it.
+/// A group's right operands as the backward pass reads them, packed as [`Operands`](super::Operands) are before the blocks.
 struct Transposed<'a> {
-    /// `A` for `dh A`, packed.
+    /// Each layer's weight, for `dy W`.
+    weights: Vec<&'a [f32]>,
+    /// The update's `A`, for `dh A`.
     a: &'a [f32],
-    /// Each adapted layer's `B` for `dy B`, packed.
+    /// Each adapted layer's `B`, for `dy B`.
     b: &'a [&'a [f32]],
-    ranks: usize,
     rank: usize,
     scale: f32,
 }
 
-/// Lends `body` a group's update, packed for the backward pass.
+/// Lends `body` a group's operands.
 fn with_transposed<T>(frozen: &FrozenGroup<'_>, body: impl FnOnce(&Transposed<'_>) -> T) -> T {
-    let group = Group::new(frozen.layers, 0, frozen.inputs, frozen.update);
+    let inputs = frozen.inputs;
+    let group = Group::new(frozen.layers, 0, inputs, frozen.update);
+    let weights = frozen.layers.iter();
+    let operands = Transposed {
+        weights: weights
+            .map(|layer| layer.panels.backward(layer, inputs))
+            .collect(),
+        a: &[],
+        b: &[],
+        rank: 0,
+        scale: 1.0,
+    };
     let Some(update) = frozen.update.filter(|_| group.ranks > 0) else {
-        return body(&Transposed {
-            a: &[],
-            b: &[],
-            ranks: 0,
-            rank: 0,
-            scale: 1.0,
-        });
+        return body(&operands);
     };
     let a = Source {
         values: update.a,
         line_stride: 1,
-        k_stride: frozen.inputs,
-        lines: frozen.inputs,
+        k_stride: inputs,
+        lines: inputs,
         k: group.ranks,
     };
     with_rights(&[a], |a| {
@@ -69,24 +75,26 @@ fn with_transposed<T>(frozen: &FrozenGroup<'_>, body: impl FnOnce(&Transposed<'_
             body(&Transposed {
                 a: a[0],
                 b,
-                ranks: group.ranks,
                 rank: update.rank,
                 scale: update.scale,
+                ..operands
             })
         })
     })
 }
 
 impl Transposed<'_> {
-    fn words(&self, rows: usize) -> usize {
-        match self.ranks {
-            0 => 0,
-            ranks => left_words(rows, ranks),
-        }
+    fn ranks(&self) -> usize {
+        self.b.len() * self.rank
+    }
+
+    /// Words of a block's packed `dh`.
+    fn dh_words(&self, rows: usize) -> usize {
+        left_words(rows, self.ranks())
     }
 
     /// `dh_i = s·dy_i B_i` of the adapted layers' `dy`, each `outputs` wide, and its pack.
-    fn apply<'l>(
+    fn hidden<'l>(
         &self,
         multiplier: &Multiplier,
         lefts: impl Iterator<Item = &'l [f32]>,
@@ -95,27 +103,27 @@ impl Transposed<'_> {
         dh: &mut [f32],
         pack: &mut [f32],
     ) {
-        if self.ranks == 0 {
+        if self.ranks() == 0 {
             return;
         }
         for (slot, (left, b)) in lefts.zip(self.b).enumerate() {
             let whole = Segment::whole(left, b, outputs);
             let dh = &mut dh[slot * self.rank..];
-            multiplier.multiply(&[whole], rows, 0..self.rank, dh, self.ranks);
+            multiplier.multiply(&[whole], rows, 0..self.rank, dh, self.ranks());
         }
         scale(dh, self.scale);
         let block = BlockRows {
             values: dh,
-            stride: self.ranks,
+            stride: self.ranks(),
             rows,
-            columns: self.ranks,
+            columns: self.ranks(),
         };
-        block.pack_left(multiplier.path(), pack, self.ranks, 0);
+        block.pack_left(multiplier.path(), pack, self.ranks(), 0);
     }
 
     /// `dh A`, if there is an update.
     fn segment<'s>(&'s self, pack: &'s [f32]) -> Option<Segment<'s>> {
-        (self.ranks > 0).then(|| Segment::whole(pack, self.a, self.ranks))
+        (self.ranks() > 0).then(|| Segment::whole(pack, self.a, self.ranks()))
     }
 }
 
@@ -267,7 +275,7 @@ impl Backward<'_> {
     unsafe fn block(&self, rows: Range<usize>) {
         let (hidden, inner) = (self.mlp.hidden(), self.mlp.inner());
         let (first, count) = (rows.start, rows.len());
-        let ranks = [self.gate_up.ranks, self.down.ranks];
+        let ranks = [self.gate_up.ranks(), self.down.ranks()];
         // SAFETY: the caller's promise.
         let (gate_up_dh, down_dh) = unsafe {
             (
@@ -281,8 +289,8 @@ impl Backward<'_> {
             left_words(count, hidden),
             left_words(count, inner),
             left_words(count, inner),
-            self.gate_up.words(count),
-            self.down.words(count),
+            self.gate_up.dh_words(count),
+            self.down.dh_words(count),
             count * CHUNK,
             count * CHUNK,
             count * CHUNK,
@@ -314,11 +322,8 @@ impl Backward<'_> {
             let left = &*left;
             let lefts = std::iter::once(left);
             self.down
-                .apply(&multiplier, lefts, hidden, count, down_dh, down_pack);
-            let [layer] = self.mlp.down.layers else {
-                unreachable!("the groups were checked");
-            };
-            let whole = Segment::whole(left, layer.panels.backward(layer, inner), hidden);
+                .hidden(&multiplier, lefts, hidden, count, down_dh, down_pack);
+            let whole = Segment::whole(left, self.down.weights[0], hidden);
             let segments: Vec<_> = [whole]
                 .into_iter()
                 .chain(self.down.segment(down_pack))
@@ -371,17 +376,14 @@ impl Backward<'_> {
             let adapted = layers.iter().zip(lefts).filter(|(layer, _)| layer.adapted);
             let adapted = adapted.map(|(_, left)| left);
             self.gate_up
-                .apply(&multiplier, adapted, inner, count, gate_up_dh, gate_up_pack);
+                .hidden(&multiplier, adapted, inner, count, gate_up_dh, gate_up_pack);
             let x = &self.x[first * hidden..][..count * hidden];
             let rstd = &self.rstd[first..][..count];
             let (weight, _) = norm(self.mlp);
             if let Some(dx) = self.out.x {
-                let segments: Vec<_> = layers
-                    .iter()
-                    .zip(lefts)
-                    .map(|(layer, left)| {
-                        Segment::whole(left, layer.panels.backward(layer, hidden), inner)
-                    })
+                let weights = self.gate_up.weights.iter().zip(lefts);
+                let segments: Vec<_> = weights
+                    .map(|(weight, left)| Segment::whole(left, weight, inner))
                     .chain(self.gate_up.segment(gate_up_pack))
                     .collect();
                 multiplier.multiply(&segments, count, 0..hidden, sums, hidden);
