@@ -6,7 +6,7 @@ use divan::Bencher;
 use divan::counter::ItemsCount;
 use pivotal_kernels::{
     FrozenGroup, FrozenLinear, FrozenMlp, FrozenPanels, LowRankUpdate, MlpWanted, Precision,
-    Prologue,
+    Prologue, add_into,
 };
 
 const HIDDEN: usize = 576;
@@ -95,6 +95,18 @@ fn forward(bencher: Bencher, rows: usize) {
         bencher
             .counter(operations(rows))
             .bench_local(|| drop(mlp.forward(&x, rows, false)));
+    });
+}
+
+/// The same by its two groups and a sum, all rows at once: what the blocks save.
+#[divan::bench(args = ROWS)]
+fn forward_by_groups(bencher: Bencher, rows: usize) {
+    let x = values(rows * HIDDEN);
+    with_mlp(false, |FrozenMlp { gate_up, down }| {
+        bencher.counter(operations(rows)).bench_local(|| {
+            let mut y = down.forward(&gate_up.forward(&x, rows).y, rows).y;
+            add_into(&mut y, &x);
+        });
     });
 }
 

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! The last two have the weights on the right, where pairs of rows lie as they are computed; only queries and output gradients
-//! are turned, once a block. What a family with much work is cut into, and how its sums are added, is as on AVX-512.
+//! are turned, once a block. Families are cut and summed by `attention_runs`.
 
 use std::arch::x86_64::{
     _mm512_add_ps, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtne2ps_pbh, _mm512_fmsub_ps,
@@ -14,19 +14,19 @@ use std::arch::x86_64::{
     _mm512_sub_ps,
 };
 use std::f32::consts::LOG2_E;
+use std::ops::Range;
 
-use rayon::prelude::*;
-
-use crate::amx::{BLOCK_ROWS, Block, Piece, Tiles, multiply};
+use crate::amx::{BLOCK_ROWS, Tiles, multiply};
 use crate::attention_amx_forward::{RowBlock, before, row_blocks};
 use crate::attention_amx_rows::{
-    Columns, DEPTH, GROUP, Keys, Source, TILE_WORDS, Target, takes, tiles,
+    Columns, DEPTH, GROUP, Keys, Source, TILE_WORDS, Target, piece, takes, tiles, to_block,
 };
 use crate::attention_avx512::{VECTOR, bits, cut, exp2, interleave, load, store};
 use crate::attention_backward::AttentionSaved;
+use crate::attention_runs::{cut_by_work, sum_by_runs};
 use crate::lanes::dot;
 use crate::panels::{COLUMNS, TILE_ROWS, transpose};
-use crate::parallel::{SERIAL_WORK, SharedOut, for_each_block, with_scratch};
+use crate::parallel::with_scratch;
 use crate::plan::{AttentionPlan, Family};
 
 /// Keys whose scores are held at a time: whole panels of keys and whole tiles of slopes.
@@ -34,17 +34,8 @@ const CHUNK: usize = 96;
 const CHUNK_TILES: usize = CHUNK / GROUP;
 /// Pairs of rows of a block.
 const PAIRS: usize = BLOCK_ROWS / 2;
-/// Runs of blocks that a family is cut into at most.
-const RUNS: usize = 4;
 /// Scores that a run should have at least.
 const RUN_SCORES: usize = 1 << 20;
-
-/// Some of a family's blocks, and where their sums go if they are not all of them.
-struct Run<'a> {
-    family: &'a Family,
-    blocks: Vec<RowBlock>,
-    slot: Option<usize>,
-}
 
 /// Every gradient of a token that is a span's or a prefix's.
 ///
@@ -142,83 +133,38 @@ struct Stats {
 
 impl Backward<'_> {
     fn run(&self) {
-        let (shape, columns) = (self.plan.shape(), self.source.columns());
-        let floats = |family: &Family| 2 * family.extent().len() * columns;
-        let (mut runs, mut slots) = (Vec::new(), 0);
-        for family in &self.plan.families {
-            let cuts = cut_family(row_blocks(family, shape.group()).collect());
-            let several = cuts.len() > 1;
-            for blocks in cuts {
-                let slot = several.then_some(slots);
-                slots += if several {
-                    floats(family) * shape.kv_heads
-                } else {
-                    0
-                };
-                runs.push(Run {
-                    family,
-                    blocks,
-                    slot,
-                });
-            }
-        }
-        with_scratch(slots, |parts| {
-            let (shared, heads) = (SharedOut::new(parts), shape.kv_heads);
-            let task = |task: usize| {
-                let (run, head) = (&runs[task / heads], task % heads);
-                let len = floats(run.family);
-                if let Some(slot) = run.slot {
-                    // SAFETY: this task alone has this part of the slot.
-                    let sums = unsafe { shared.slice(slot + head * len, len) };
-                    self.blocks(run, head, sums);
-                } else {
-                    with_scratch(len, |sums| {
-                        self.blocks(run, head, sums);
-                        self.write(run.family, head, sums);
-                    });
-                }
-            };
-            let tasks = 0..runs.len() * heads;
-            if 5 * self.plan.work < SERIAL_WORK {
-                tasks.for_each(task);
-            } else {
-                tasks.into_par_iter().with_max_len(1).for_each(task);
-            }
-            let parts = &parts[..];
-            for runs in runs.chunk_by(|a, b| std::ptr::eq(a.family, b.family)) {
-                let Some(first) = runs[0].slot else { continue };
-                let len = floats(runs[0].family);
-                for_each_block(heads, 1, len * heads, |heads_here| {
-                    for head in heads_here {
-                        with_scratch(len, |sums| {
-                            sums.copy_from_slice(&parts[first + head * len..][..len]);
-                            for slot in runs[1..].iter().filter_map(|run| run.slot) {
-                                let part = &parts[slot + head * len..][..len];
-                                for (sum, part) in sums.iter_mut().zip(part) {
-                                    *sum += part;
-                                }
-                            }
-                            self.write(runs[0].family, head, sums);
-                        });
-                    }
-                });
-            }
-        });
+        let (group, columns) = (self.plan.shape().group(), self.source.columns());
+        sum_by_runs(
+            self.plan,
+            |family| {
+                let scores: Vec<usize> = row_blocks(family, group)
+                    .map(|block| block.scores())
+                    .collect();
+                cut_by_work(&scores, RUN_SCORES)
+            },
+            |family| 2 * family.extent().len() * columns,
+            |family, blocks, head, sums| self.blocks(family, blocks, head, sums),
+            |family, head, sums| self.write(family, head, sums),
+        );
     }
 
     /// The key and value gradients of a run of blocks: `sums` is overwritten by `dk` and `dv`, each `[extent, columns]`.
-    fn blocks(&self, run: &Run<'_>, head: usize, sums: &mut [f32]) {
-        let (columns, extent) = (self.source.columns(), run.family.extent());
+    fn blocks(&self, family: &Family, blocks: Range<usize>, head: usize, sums: &mut [f32]) {
+        let (columns, extent) = (self.source.columns(), family.extent());
+        let run: Vec<RowBlock> = row_blocks(family, self.plan.shape().group())
+            .skip(blocks.start)
+            .take(blocks.len())
+            .collect();
         sums.fill(0.0);
         let (dk, dv) = sums.split_at_mut(extent.len() * columns);
-        let longest = run.blocks.iter().map(RowBlock::keys).max().unwrap_or(0);
+        let longest = run.iter().map(RowBlock::keys).max().unwrap_or(0);
         let words = Keys::scratch(&self.source, longest, true);
         with_scratch(words + Buffers::floats(columns, longest), |scratch| {
             let (words, scratch) = scratch.split_at_mut(words);
             let mut keys = Keys::new(self.source, head, longest, true, words);
             let mut buffers = Buffers::new(scratch, columns, longest);
             let tiles = tiles(self.plan);
-            for blocks in run.blocks.chunk_by(|a, b| a.span.start == b.span.start) {
+            for blocks in run.chunk_by(|a, b| a.span.start == b.span.start) {
                 let RowBlock { span, own, .. } = blocks[blocks.len() - 1];
                 let line = span.prefix_len + own;
                 let panels = columns * line.next_multiple_of(COLUMNS);
@@ -429,32 +375,6 @@ impl Buffers<'_> {
     }
 }
 
-/// The two halves of a left operand, `half` tiles apart, and words on the right, `step` apart.
-fn piece(left: &[f32], half: usize, right: &[f32], step: usize, tiles: usize) -> [Piece; 1] {
-    // Where there is no second half, the first stands for it.
-    let below = left
-        .get(half * TILE_WORDS..)
-        .filter(|below| !below.is_empty());
-    [Piece {
-        left: left.as_ptr().cast(),
-        below: below.unwrap_or(left).as_ptr().cast(),
-        right: right.as_ptr().cast(),
-        right_row: 4 * step,
-        tiles,
-    }]
-}
-
-fn to_block(out: &mut [f32], stride: usize, (rows, columns): (usize, usize), add: bool) -> Block {
-    Block {
-        out: out.as_mut_ptr(),
-        stride,
-        rows,
-        columns,
-        add,
-        streams: false,
-    }
-}
-
 /// Adds panels `[columns, 48]` of the first `len` keys to rows `[token, columns]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 fn add_panels(
@@ -478,21 +398,4 @@ fn add_panels(
             }
         }
     }
-}
-
-/// Cuts blocks into runs of about equal work.
-fn cut_family(blocks: Vec<RowBlock>) -> Vec<Vec<RowBlock>> {
-    let all: usize = blocks.iter().map(RowBlock::scores).sum();
-    let runs = (all / RUN_SCORES).clamp(1, RUNS);
-    let (mut cuts, mut done): (Vec<Vec<RowBlock>>, usize) = (vec![Vec::new()], 0);
-    for block in blocks {
-        if done * runs >= all * cuts.len() {
-            cuts.push(Vec::new());
-        }
-        done += block.scores();
-        if let Some(run) = cuts.last_mut() {
-            run.push(block);
-        }
-    }
-    cuts
 }

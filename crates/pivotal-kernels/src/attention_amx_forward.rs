@@ -18,8 +18,10 @@ use std::f32::consts::LOG2_E;
 
 use rayon::prelude::*;
 
-use crate::amx::{BLOCK_ROWS, Block, Piece, Tiles, multiply};
-use crate::attention_amx_rows::{DEPTH, GROUP, Keys, Rows, Source, TILE_WORDS, takes, tiles};
+use crate::amx::{BLOCK_ROWS, Tiles, multiply};
+use crate::attention_amx_rows::{
+    DEPTH, GROUP, Keys, Rows, Source, TILE_WORDS, piece, takes, tiles, to_block,
+};
 use crate::attention_avx512::{VECTOR, bits, cut, exp2, first_lanes, load, store, store_part};
 use crate::panels::{COLUMNS, TILE_ROWS};
 use crate::parallel::{SERIAL_WORK, SharedOut, with_scratch};
@@ -213,21 +215,11 @@ impl Forward<'_> {
     ) {
         let (queries, depth) = (&*buffers.queries, self.source.steps() / VECTOR);
         for at in (0..len).step_by(COLUMNS) {
-            let pieces = [Piece {
-                left: queries.as_ptr().cast(),
-                below: queries[DEPTH * TILE_WORDS..].as_ptr().cast(),
-                right: keys.keys((first + at) / COLUMNS).as_ptr().cast(),
-                right_row: 4 * COLUMNS,
-                tiles: depth,
-            }];
-            let block = Block {
-                out: buffers.scores[at..].as_mut_ptr(),
-                stride: CHUNK,
-                rows: rows.next_multiple_of(TILE_ROWS),
-                columns: COLUMNS.min((len - at).next_multiple_of(VECTOR)),
-                add: false,
-                streams: false,
-            };
+            let panel = keys.keys((first + at) / COLUMNS);
+            let pieces = piece(queries, DEPTH, panel, COLUMNS, depth);
+            let columns = COLUMNS.min((len - at).next_multiple_of(VECTOR));
+            let size = (rows.next_multiple_of(TILE_ROWS), columns);
+            let block = to_block(&mut buffers.scores[at..], CHUNK, size, false);
             // SAFETY: both halves of the queries have `depth` tiles, a panel has that many times 16 steps of 48 words, and the
             // scores have 32 rows of whole chunks.
             unsafe { multiply(tiles, &pieces, block) };
@@ -249,21 +241,9 @@ impl Forward<'_> {
         let depth = len.div_ceil(GROUP);
         assert!(values.len() >= depth * VECTOR * columns);
         for at in (0..columns).step_by(GROUP) {
-            let pieces = [Piece {
-                left: weights.as_ptr().cast(),
-                below: weights[CHUNK_TILES * TILE_WORDS..].as_ptr().cast(),
-                right: values[at..].as_ptr().cast(),
-                right_row: 4 * columns,
-                tiles: depth,
-            }];
-            let block = Block {
-                out: buffers.sums[at..].as_mut_ptr(),
-                stride: columns,
-                rows: rows.next_multiple_of(TILE_ROWS),
-                columns: GROUP.min(columns - at),
-                add: first > 0,
-                streams: false,
-            };
+            let pieces = piece(weights, CHUNK_TILES, &values[at..], columns, depth);
+            let size = (rows.next_multiple_of(TILE_ROWS), GROUP.min(columns - at));
+            let block = to_block(&mut buffers.sums[at..], columns, size, first > 0);
             // SAFETY: both halves of the weights have `depth` tiles, the values that many times 16 pairs by the assertion, and
             // the sums have 32 rows of whole tiles.
             unsafe { multiply(tiles, &pieces, block) };

@@ -5,7 +5,7 @@ use std::arch::x86_64::{
     _mm512_cvtne2ps_pbh, _mm512_mul_ps, _mm512_set1_ps, _mm512_setzero_si512, _mm512_sub_ps,
 };
 
-use crate::amx::Tiles;
+use crate::amx::{Block, Piece, Tiles};
 use crate::attention::AttentionInput;
 use crate::attention_avx512::{VECTOR, bits, interleave, load, load_part, store, store_part};
 use crate::matmul::Precision;
@@ -532,4 +532,42 @@ pub(crate) fn tiles(plan: &AttentionPlan) -> Tiles {
     assert!(plan.tiles, "AMX is missing");
     // SAFETY: the plan found AMX.
     unsafe { Tiles::configure() }
+}
+
+/// The two halves of a left operand, `half` tiles apart, and words on the right, `step` apart.
+pub(crate) fn piece(
+    left: &[f32],
+    half: usize,
+    right: &[f32],
+    step: usize,
+    tiles: usize,
+) -> [Piece; 1] {
+    // Where there is no second half, the first stands for it.
+    let below = left
+        .get(half * TILE_WORDS..)
+        .filter(|below| !below.is_empty());
+    [Piece {
+        left: left.as_ptr().cast(),
+        below: below.unwrap_or(left).as_ptr().cast(),
+        right: right.as_ptr().cast(),
+        right_row: 4 * step,
+        tiles,
+    }]
+}
+
+/// A block of sums in rows of `out`, which begin with what is there if `add`.
+pub(crate) fn to_block(
+    out: &mut [f32],
+    stride: usize,
+    (rows, columns): (usize, usize),
+    add: bool,
+) -> Block {
+    Block {
+        out: out.as_mut_ptr(),
+        stride,
+        rows,
+        columns,
+        add,
+        streams: false,
+    }
 }

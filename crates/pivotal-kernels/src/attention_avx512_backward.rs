@@ -1,7 +1,6 @@
 //! The backward pass on AVX-512: scores of a block of 48 query rows and a tile of keys are computed again, transposed.
 //!
-//! A family with much work is cut into runs of blocks, each with its own sums of key and value gradients, added up afterwards
-//! in their order: where to cut depends on the spans alone. At most [`RUNS`] times the gradients' memory is held for it.
+//! Families are cut and summed by `attention_runs`.
 
 use std::arch::x86_64::{
     _mm512_fmsub_ps, _mm512_maskz_mov_ps, _mm512_mul_ps, _mm512_set1_ps, _mm512_setzero_ps,
@@ -18,13 +17,12 @@ use crate::attention_avx512::{
 };
 use crate::attention_avx512_lanes::{KeyTile, Lanes, sees};
 use crate::attention_backward::AttentionSaved;
+use crate::attention_runs::{cut_by_work, sum_by_runs};
 use crate::lanes::dot;
 use crate::matmul::Precision;
-use crate::parallel::{SharedOut, for_each_block, with_scratch};
+use crate::parallel::{SharedOut, with_scratch};
 use crate::plan::{AttentionPlan, BLOCK_LANES, Family};
 
-/// Runs of blocks that a family is cut into at most.
-const RUNS: usize = 4;
 /// Multiply-adds of one product that a run should have at least: about a millisecond of each of the five.
 const RUN_WORK: usize = 1 << 25;
 
@@ -96,91 +94,42 @@ struct Backward<'a> {
     targets: Targets,
 }
 
-/// Some of a family's blocks, and where their sums go if they are not all of them.
-struct Run<'a> {
-    family: &'a Family,
-    blocks: Range<usize>,
-    slot: Option<usize>,
-}
-
 impl Backward<'_> {
     fn run<const BF16: bool>(&self) {
         let shape = self.plan.shape();
-        let floats = |family: &Family| 2 * family.extent().len() * padded(shape);
-        let (mut runs, mut slots) = (Vec::new(), 0);
-        for family in &self.plan.families {
-            let cuts = cut_family(family, shape.group(), shape.head_dim);
-            for window in cuts.windows(2) {
-                let slot = (cuts.len() > 2).then_some(slots);
-                if slot.is_some() {
-                    slots += floats(family) * shape.kv_heads;
-                }
-                let blocks = window[0]..window[1];
-                runs.push(Run {
-                    family,
-                    blocks,
-                    slot,
-                });
-            }
-        }
-        with_scratch(slots, |parts| {
-            let shared = SharedOut::new(parts);
-            let heads = shape.kv_heads;
-            for_each_block(runs.len() * heads, 1, 5 * self.plan.work, |tasks| {
-                // SAFETY: the plan found AMX.
-                let tiles = (BF16 && self.plan.tiles).then(|| unsafe { Tiles::configure() });
-                for task in tasks {
-                    let (run, head) = (&runs[task / heads], task % heads);
-                    let len = floats(run.family);
-                    if let Some(slot) = run.slot {
-                        // SAFETY: this task alone has this part of the slot.
-                        let sums = unsafe { shared.slice(slot + head * len, len) };
-                        self.blocks::<BF16>(run, head, sums, tiles.as_ref());
-                    } else {
-                        with_scratch(len, |sums| {
-                            self.blocks::<BF16>(run, head, sums, tiles.as_ref());
-                            self.write(run.family, head, sums);
-                        });
-                    }
-                }
-            });
-            let parts = &parts[..];
-            for runs in runs.chunk_by(|a, b| std::ptr::eq(a.family, b.family)) {
-                let Some(first) = runs[0].slot else { continue };
-                let len = floats(runs[0].family);
-                for_each_block(heads, 1, len * heads, |heads_here| {
-                    for head in heads_here {
-                        with_scratch(len, |sums| {
-                            sums.copy_from_slice(&parts[first + head * len..][..len]);
-                            for slot in runs[1..].iter().filter_map(|run| run.slot) {
-                                let part = &parts[slot + head * len..][..len];
-                                for (sum, part) in sums.iter_mut().zip(part) {
-                                    *sum += part;
-                                }
-                            }
-                            self.write(runs[0].family, head, sums);
-                        });
-                    }
-                });
-            }
-        });
+        sum_by_runs(
+            self.plan,
+            |family| {
+                let work = family.lane_blocks.iter();
+                let work: Vec<usize> = work
+                    .map(|block| block.rows * block.keys(shape.group()) * shape.head_dim)
+                    .collect();
+                cut_by_work(&work, RUN_WORK)
+            },
+            |family| 2 * family.extent().len() * padded(shape),
+            |family, blocks, head, sums| self.blocks::<BF16>(family, blocks, head, sums),
+            |family, head, sums| self.write(family, head, sums),
+        );
     }
 
     /// The key and value gradients of a run of blocks: `sums` is overwritten by `dk` and `dv`, each `[extent, padded]`.
     fn blocks<const BF16: bool>(
         &self,
-        run: &Run<'_>,
+        family: &Family,
+        blocks: Range<usize>,
         head: usize,
         sums: &mut [f32],
-        tiles: Option<&Tiles>,
     ) {
+        // SAFETY: the plan found AMX.
+        let tiles = (BF16 && self.plan.tiles).then(|| unsafe { Tiles::configure() });
+        let tiles = tiles.as_ref();
         let shape = self.plan.shape();
         sums.fill(0.0);
-        let (dk, dv) = sums.split_at_mut(run.family.extent().len() * padded(shape));
-        for &block in &run.family.lane_blocks[run.blocks.clone()] {
+        let (dk, dv) = sums.split_at_mut(family.extent().len() * padded(shape));
+        for &block in &family.lane_blocks[blocks] {
             let lanes = Lanes { shape, block, head };
             // SAFETY: the features were found when the plan was made.
-            unsafe { self.block::<BF16>(lanes, run.family.extent().start, dk, dv, tiles) };
+            unsafe { self.block::<BF16>(lanes, family.extent().start, dk, dv, tiles) };
         }
     }
 
@@ -429,24 +378,4 @@ fn sum_over_rows<const BF16: bool>(rows: &[f32], padded: usize, to: &mut [f32]) 
     } else {
         to.copy_from_slice(rows);
     }
-}
-
-/// Indices of the first blocks of a family's runs, and the number of its blocks.
-fn cut_family(family: &Family, group: usize, dim: usize) -> Vec<usize> {
-    let work = |block: usize| {
-        let block = &family.lane_blocks[block];
-        block.rows * block.keys(group) * dim
-    };
-    let blocks = family.lane_blocks.len();
-    let all: usize = (0..blocks).map(work).sum();
-    let runs = (all / RUN_WORK).clamp(1, RUNS);
-    let (mut cuts, mut done) = (vec![0], 0);
-    for block in 0..blocks {
-        done += work(block);
-        if block + 1 < blocks && done * runs >= all * cuts.len() {
-            cuts.push(block + 1);
-        }
-    }
-    cuts.push(blocks);
-    cuts
 }

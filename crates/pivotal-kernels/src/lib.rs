@@ -34,6 +34,8 @@ mod attention_avx512_forward;
 mod attention_avx512_lanes;
 mod attention_backward;
 #[cfg(target_arch = "x86_64")]
+mod attention_runs;
+#[cfg(target_arch = "x86_64")]
 mod bf16;
 mod cached;
 mod columns;
@@ -82,7 +84,7 @@ pub use logps::{HeadShape, TokenLogps, token_logps_backward, token_logps_forward
 pub use matmul::{Precision, ProductShape, Store, bf16_available, matmul_nn, matmul_nt, matmul_tn};
 pub use norm::{RmsNormGradients, rms_norm_backward, rms_norm_forward};
 pub use packed::PackedWeight;
-pub use parallel::{with_scratch, zeros};
+pub use parallel::{with_scratch_parts, zeros};
 pub use plan::{AttentionPlan, AttentionShape, Span};
 pub use processor::{Processor, limit_processor, processor};
 pub use rope::RopeTable;

@@ -210,7 +210,7 @@ pub(crate) fn pack_rows(rows: usize, source: &Rows<'_>, parts: &mut [Part<'_>]) 
                     if let Some(right) = target.right {
                         // SAFETY: as above; `right` has whole panels of `sum_pairs` pairs, of which these 16 are this
                         // block's own.
-                        unsafe { pack_columns(across, right, sum_pairs, first_row) };
+                        unsafe { pack_columns(across, right, sum_pairs, first_row, 0) };
                     }
                 }
             };
@@ -255,14 +255,21 @@ unsafe fn pack_lines(
     }
 }
 
-/// Packs the columns of rows `first_row..`, a multiple of 32, as those of a right operand whose sums run over all rows.
+/// Packs the columns of rows `first_row..`, a multiple of 32, as columns `first..`, a multiple of 48, of a right operand whose
+/// sums run over all rows.
 ///
 /// # Safety
 /// The features are there and `source` passed `check`; `target` has its lines in panels of `pairs` pairs, of which those of
 /// these rows, rounded up to 16 pairs, are the caller's alone.
-unsafe fn pack_columns(source: Source<'_>, target: SharedOut, pairs: usize, first_row: usize) {
+unsafe fn pack_columns(
+    source: Source<'_>,
+    target: SharedOut,
+    pairs: usize,
+    first_row: usize,
+    first: usize,
+) {
     for column in (0..source.lines).step_by(COLUMNS) {
-        let at = column * pairs + first_row / 2 * COLUMNS;
+        let at = (first + column) * pairs + first_row / 2 * COLUMNS;
         // SAFETY: by the caller's promise.
         unsafe { pack_across_k::<COLUMNS>(source, column, target.at(at).cast()) };
     }
@@ -321,12 +328,8 @@ impl BlockRows<'_> {
         source.check();
         assert!(first_row.is_multiple_of(UNIT_ROWS) && first.is_multiple_of(COLUMNS));
         assert!(first_row + self.rows <= all);
-        let pairs = padded_pairs(all);
         // SAFETY: the caller's promise; the features and the source were checked.
-        unsafe {
-            let words = SharedOut::from_address(words.at(first * pairs));
-            pack_columns(source, words, pairs, first_row);
-        }
+        unsafe { pack_columns(source, words, padded_pairs(all), first_row, first) };
     }
 }
 

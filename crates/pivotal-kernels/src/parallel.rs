@@ -77,11 +77,6 @@ impl SharedOut {
         Self(out.as_mut_ptr())
     }
 
-    /// An output that begins at `address`.
-    pub(crate) fn from_address(address: *mut f32) -> Self {
-        Self(address)
-    }
-
     /// The address of element `index`.
     ///
     /// # Safety
@@ -140,17 +135,33 @@ thread_local! {
     static SCRATCH: RefCell<Vec<AlignedFloats>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Lends `body` a buffer of `len` floats of unspecified content, kept by this thread between calls.
+/// Lends `body` a buffer of each length in `lens`, as [`with_scratch`] does, each aligned to a cache line.
 ///
 /// # Examples
 /// ```
-/// let sum = pivotal_kernels::with_scratch(2, |buffer| {
-///     buffer.copy_from_slice(&[1.0, 2.0]);
-///     buffer[0] + buffer[1]
+/// let sum = pivotal_kernels::with_scratch_parts([2, 1], |[two, one]| {
+///     two.copy_from_slice(&[1.0, 2.0]);
+///     one[0] = 4.0;
+///     two[0] + two[1] + one[0]
 /// });
-/// assert_eq!(sum, 3.0);
+/// assert_eq!(sum, 7.0);
 /// ```
-pub fn with_scratch<T>(len: usize, body: impl FnOnce(&mut [f32]) -> T) -> T {
+pub fn with_scratch_parts<const N: usize, T>(
+    lens: [usize; N],
+    body: impl FnOnce([&mut [f32]; N]) -> T,
+) -> T {
+    let lines = |len: usize| len.next_multiple_of(16);
+    with_scratch(lens.map(lines).iter().sum(), |mut rest| {
+        body(lens.map(|len| {
+            let (part, after) = std::mem::take(&mut rest).split_at_mut(lines(len));
+            rest = after;
+            &mut part[..len]
+        }))
+    })
+}
+
+/// Lends `body` a buffer of `len` floats of unspecified content, kept by this thread between calls.
+pub(crate) fn with_scratch<T>(len: usize, body: impl FnOnce(&mut [f32]) -> T) -> T {
     // Taken out rather than borrowed: while `body` waits on rayon, this thread may steal a task that asks for scratch too.
     let mut buffer = SCRATCH
         .with(|kept| kept.borrow_mut().pop())
@@ -230,6 +241,22 @@ mod tests {
             assert_eq!(floats.clone().as_slice(), vec![2.0; len]);
             assert_eq!(floats.as_slice().as_ptr().addr() % 64, 0);
         }
+    }
+
+    #[test]
+    fn parts_of_scratch_are_apart_and_aligned() {
+        with_scratch_parts([3, 0, 17, 1], |parts| {
+            for (value, part) in parts.into_iter().enumerate() {
+                assert_eq!(part.len(), [3, 0, 17, 1][value]);
+                assert_eq!(part.as_ptr().addr() % 64, 0);
+                part.fill(value as f32);
+            }
+        });
+        with_scratch_parts([3, 17], |[a, b]| {
+            a.fill(1.0);
+            b.fill(2.0);
+            assert!(a.iter().all(|&x| x == 1.0) && b.iter().all(|&x| x == 2.0));
+        });
     }
 
     #[test]

@@ -7,6 +7,19 @@ const BLOCK: usize = 8192;
 /// An element costs about this many multiply-adds: an exponential and a division.
 const COST: usize = 16;
 
+#[inline(always)]
+fn gated(gate: f32, up: f32) -> f32 {
+    gate * sigmoid(gate) * up
+}
+
+/// The gradients of the gate and of the up at the upstream gradient `dout`.
+#[inline(always)]
+fn slopes(gate: f32, up: f32, dout: f32) -> (f32, f32) {
+    let open = sigmoid(gate);
+    let silu = gate * open;
+    (dout * up * (open + silu * (1.0 - open)), dout * silu)
+}
+
 /// `out = gate · σ(gate) · up`, element by element.
 ///
 /// # Panics
@@ -26,7 +39,7 @@ pub fn swiglu_forward(gate: &[f32], up: &[f32], out: &mut [f32]) {
         // SAFETY: the blocks are disjoint parts of `out`.
         let out = unsafe { target.slice(block.start, block.len()) };
         for ((out, &gate), &up) in out.iter_mut().zip(&gate[block.clone()]).zip(&up[block]) {
-            *out = gate * sigmoid(gate) * up;
+            *out = gated(gate, up);
         }
     });
 }
@@ -51,10 +64,7 @@ pub fn swiglu_backward(gate: &[f32], up: &[f32], dout: &[f32], dgate: &mut [f32]
             &dout[start..][..len],
         );
         for index in 0..len {
-            let open = sigmoid(gate[index]);
-            let silu = gate[index] * open;
-            dgate[index] = dout[index] * up[index] * (open + silu * (1.0 - open));
-            dup[index] = dout[index] * silu;
+            (dgate[index], dup[index]) = slopes(gate[index], up[index], dout[index]);
         }
     });
 }
@@ -87,7 +97,34 @@ pub(crate) fn gate_row(joined: &[f32], out: &mut [f32]) {
         #[inline(always)]
         || {
             for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-                *out = gate * sigmoid(gate) * up;
+                *out = gated(gate, up);
+            }
+        },
+    );
+}
+
+/// One row of gates and ups: [`gate_row`]'s output in place of the gates.
+pub(crate) fn gate_row_in_place(joined: &mut [f32]) {
+    let (gates, ups) = joined.split_at_mut(joined.len() / 2);
+    widest(
+        #[inline(always)]
+        || {
+            for (gate, &up) in gates.iter_mut().zip(&*ups) {
+                *gate = gated(*gate, up);
+            }
+        },
+    );
+}
+
+/// From a row's gates, ups and upstream gradient to the gradients of the first two and the gated activation itself, in place.
+pub(crate) fn gate_row_gradient_in_place(gates: &mut [f32], ups: &mut [f32], douts: &mut [f32]) {
+    widest(
+        #[inline(always)]
+        || {
+            for ((gate, up), dout) in gates.iter_mut().zip(ups).zip(douts) {
+                let out = gated(*gate, *up);
+                (*gate, *up) = slopes(*gate, *up, *dout);
+                *dout = out;
             }
         },
     );
@@ -123,16 +160,13 @@ pub(crate) unsafe fn joined_gradient(
             let (gate, up) = joined[2 * row * width..][..2 * width].split_at(width);
             let dout = &dout[row * width..][..width];
             // SAFETY: row `row` of the gradient is this block's own.
-            let slopes = unsafe { djoined.slice(2 * row * width, 2 * width) };
-            let (dgate, dup) = slopes.split_at_mut(width);
+            let djoined = unsafe { djoined.slice(2 * row * width, 2 * width) };
+            let (dgate, dup) = djoined.split_at_mut(width);
             widest(
                 #[inline(always)]
                 || {
                     for index in 0..width {
-                        let open = sigmoid(gate[index]);
-                        let silu = gate[index] * open;
-                        dgate[index] = dout[index] * up[index] * (open + silu * (1.0 - open));
-                        dup[index] = dout[index] * silu;
+                        (dgate[index], dup[index]) = slopes(gate[index], up[index], dout[index]);
                     }
                 },
             );

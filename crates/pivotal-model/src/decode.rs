@@ -8,8 +8,8 @@ use std::sync::Arc;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use pivotal_kernels::{
     AttentionInput, AttentionPlan, AttentionShape, KeyValues, Precision, RopeTable, Span,
-    StepContext, attend_step, attention_forward, rms_norm_forward, split_columns,
-    swiglu_joined_forward, with_scratch,
+    StepContext, add_into, attend_step, attention_forward, rms_norm_forward, split_columns,
+    swiglu_joined_forward, with_scratch_parts,
 };
 use rayon::prelude::*;
 
@@ -358,23 +358,18 @@ impl Generator {
         let rows = x.len() / hidden;
         let eps = self.config.rms_norm_eps as f32;
         let lens = [rows * hidden, rows, rows * 2 * inner, rows * inner];
-        with_scratch(lens.iter().sum(), |mut rest| {
-            let [normed, rstd, gate_up, activated] = lens.map(|len| {
-                let (part, after) = std::mem::take(&mut rest).split_at_mut(len);
-                rest = after;
-                part
-            });
+        with_scratch_parts(lens, |[normed, rstd, gate_up, activated]| {
             let mut low = Vec::new();
             let mut linear = |weight: &PackedLinear, adapter, x: &[f32], out: &mut [f32]| {
                 weight.forward(adapter, x, rows, &mut low, out);
             };
             linear(&layer.o_proj, &adapters.o_proj, attended, normed);
-            add(x, normed);
+            add_into(x, normed);
             rms_norm_forward(x, &layer.post_attention_layernorm, eps, normed, rstd);
             linear(&layer.gate_up, &adapters.gate_up, normed, gate_up);
             swiglu_joined_forward(gate_up, inner, activated);
             linear(&layer.down_proj, &adapters.down_proj, activated, normed);
-            add(x, normed);
+            add_into(x, normed);
         });
     }
 
@@ -443,10 +438,4 @@ impl Sequence {
 pub(crate) fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
     buffer.resize(len, 0.0);
     buffer
-}
-
-pub(crate) fn add(x: &mut [f32], y: &[f32]) {
-    for (x, y) in x.iter_mut().zip(y) {
-        *x += y;
-    }
 }

@@ -397,12 +397,12 @@ impl Layer {
                 return FrozenLinears::mlp(&gate_up, &down, x, &updates, &down_updates, precision);
             }
             let joined = gate_up.forward(x.clone(), &updates, precision);
-            return x + down.forward(joined, &down_updates, precision);
+            return pivotal_ops::residual(x, down.forward(joined, &down_updates, precision));
         }
         let normed = pivotal_ops::rms_norm(x.clone(), self.post_attention_layernorm.clone(), eps);
         let [gate, up] = group.map(|projection| projection.forward(normed.clone(), precision));
         let gated = pivotal_ops::swiglu(gate, up);
-        x + self.down_proj.forward(gated, precision)
+        pivotal_ops::residual(x, self.down_proj.forward(gated, precision))
     }
 
     fn project_output(&self, attended: Tensor<2>, precision: Precision) -> Tensor<2> {

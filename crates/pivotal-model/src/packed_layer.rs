@@ -1,9 +1,9 @@
 //! A decoder's weights packed for decoding, and adapters that ride on them.
 
 use burn::tensor::Tensor;
-use pivotal_kernels::{PackedWeight, Precision};
+use pivotal_kernels::{PackedWeight, Precision, add_into};
 
-use crate::decode::{add, sized};
+use crate::decode::sized;
 use crate::decoder::{Decoder, Layer};
 use crate::parameter::{off_tape, to_host};
 use crate::projection::{LowRank, Projection};
@@ -115,7 +115,7 @@ impl PackedLinear {
         }
         if !self.bias.is_empty() {
             out.chunks_exact_mut(self.bias.len())
-                .for_each(|row| add(row, &self.bias));
+                .for_each(|row| add_into(row, &self.bias));
         }
     }
 }

@@ -10,8 +10,10 @@
 use super::{
     FrozenGradients, FrozenGroup, FrozenOutputs, FrozenSaved, FrozenWanted, Group, Prologue,
 };
-use crate::matmul::Precision;
+use crate::columns::add_into;
 use crate::parallel::check_len;
+
+const NO_PERCEPTRON: &str = "the groups are not those of a gated perceptron";
 
 /// The two groups of a gated perceptron.
 #[derive(Clone, Copy, Debug)]
@@ -107,7 +109,7 @@ impl FrozenMlp<'_> {
         let FrozenOutputs {
             mut y, h: down_h, ..
         } = self.down.forward(&joined, rows);
-        y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
+        add_into(&mut y, x);
         let saved = keep.then_some(MlpSaved {
             rstd,
             joined: Joined::F32(joined),
@@ -180,7 +182,7 @@ impl FrozenMlp<'_> {
             self.gate_up
                 .backward(of_gate_up, &djoined, rows, gate_up_wanted);
         gradients.x = dx.map(|mut dx| {
-            dx.iter_mut().zip(dout).for_each(|(dx, dout)| *dx += dout);
+            add_into(&mut dx, dout);
             dx
         });
         (gradients.gate_up_a, gradients.gate_up_b) = (a, b);
@@ -199,7 +201,16 @@ impl FrozenMlp<'_> {
 
     #[cfg(target_arch = "x86_64")]
     fn in_blocks(&self) -> bool {
-        self.gate_up.precision == Precision::Bf16 && crate::bf16::available()
+        self.gate_up.precision == crate::matmul::Precision::Bf16 && crate::bf16::available()
+    }
+
+    /// The gain of the norm, and its `eps`.
+    #[track_caller]
+    pub(super) fn norm(&self) -> (&[f32], f32) {
+        match self.gate_up.prologue {
+            Prologue::Normed { weight, eps } => (weight, eps),
+            _ => panic!("{NO_PERCEPTRON}"),
+        }
     }
 
     #[track_caller]
@@ -208,18 +219,15 @@ impl FrozenMlp<'_> {
         let outputs = |group: &FrozenGroup<'_>| -> Vec<usize> {
             group.layers.iter().map(|layer| layer.outputs).collect()
         };
-        let normed = match self.gate_up.prologue {
-            Prologue::Normed { weight, .. } => weight.len() == hidden,
-            _ => false,
-        };
+        let (gain, _) = self.norm();
         assert!(
-            normed
+            gain.len() == hidden
                 && hidden > 0
                 && matches!(self.down.prologue, Prologue::Gated)
                 && outputs(&self.gate_up) == [inner; 2]
                 && outputs(&self.down) == [hidden]
                 && self.gate_up.precision == self.down.precision,
-            "the groups are not those of a gated perceptron"
+            "{NO_PERCEPTRON}"
         );
         // Lengths of weights and updates.
         for group in [&self.gate_up, &self.down] {
@@ -239,6 +247,7 @@ impl MlpWanted {
 mod tests {
     use super::super::{FrozenLinear, FrozenPanels, LowRankUpdate};
     use super::*;
+    use crate::matmul::Precision;
     use crate::testing::{on_each, on_threads, random};
 
     const ALL: MlpWanted = MlpWanted {

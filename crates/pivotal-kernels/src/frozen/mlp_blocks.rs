@@ -10,14 +10,14 @@ use std::ops::Range;
 
 use super::bf16::{rows_of, update_sources, with_rights};
 use super::mlp::{Joined, MlpOutputs, MlpSaved};
-use super::{FrozenGroup, FrozenLinear, FrozenMlp, Group, Prologue, scale};
+use super::{FrozenGroup, FrozenLinear, FrozenMlp, Group, scale};
 use crate::group::{Multiplier, Segment};
-use crate::lanes::{sigmoid, widest};
 use crate::norm::{row_rstd, scale_row};
 use crate::panels::{BlockRows, left_words, padded_pairs};
-use crate::parallel::{SharedOut, for_each_block, with_scratch, written};
+use crate::parallel::{SharedOut, for_each_block, with_scratch_parts, written};
 use crate::processor::{Processor, processor};
 use crate::rounded::round_row;
+use crate::swiglu::gate_row_in_place;
 
 mod backward;
 
@@ -53,21 +53,6 @@ fn chunks(inner: usize) -> impl Iterator<Item = Range<usize>> {
 /// Where the kept gates and ups of a row's chunk are, in words of two.
 fn kept_at(row: usize, inner: usize, chunk: &Range<usize>) -> usize {
     row / UNIT * UNIT * inner + chunk.start * UNIT + row % UNIT * chunk.len()
-}
-
-/// Cuts `count` floats off the front of `rest`.
-fn cut<'a>(rest: &mut &'a mut [f32], count: usize) -> &'a mut [f32] {
-    let (part, after) = std::mem::take(rest).split_at_mut(count);
-    *rest = after;
-    part
-}
-
-/// The gain of the norm, and its `eps`.
-fn norm<'a>(mlp: &FrozenMlp<'a>) -> (&'a [f32], f32) {
-    match mlp.gate_up.prologue {
-        Prologue::Normed { weight, eps } => (weight, eps),
-        _ => unreachable!("the groups were checked"),
-    }
 }
 
 /// Hands the normalised rows of `x` to `take`, a unit at a time, with the first one's number: few enough for the first-level
@@ -310,7 +295,7 @@ impl Forward<'_> {
             )
         };
         let x = &self.x[first * hidden..][..count * hidden];
-        let (weight, eps) = norm(self.mlp);
+        let (weight, eps) = self.mlp.norm();
         let multiplier = Multiplier::on(self.path);
         let words = [
             left_words(count, hidden),
@@ -321,9 +306,8 @@ impl Forward<'_> {
             // The last product's sums take the place of what was made before.
             (count * 2 * CHUNK).max(count * hidden),
         ];
-        with_scratch(words.iter().sum(), |mut rest| {
-            let [left, gated, h_packs, down_packs, normed, work] =
-                words.map(|words| cut(&mut rest, words));
+        with_scratch_parts(words, |parts| {
+            let [left, gated, h_packs, down_packs, normed, work] = parts;
             for (rstd, x) in rstd.iter_mut().zip(x.chunks_exact(hidden)) {
                 *rstd = row_rstd(x, eps);
             }
@@ -351,7 +335,7 @@ impl Forward<'_> {
                             unsafe { kept.slice(kept_at(first + row, inner, &columns), width) };
                         round_row(values, to);
                     }
-                    gate_in_place(values);
+                    gate_row_in_place(values);
                 }
                 let block = BlockRows {
                     values: chunk,
@@ -373,17 +357,4 @@ impl Forward<'_> {
             }
         });
     }
-}
-
-/// `silu(gate)·up` in place of the gates, of a row's gates and ups.
-fn gate_in_place(joined: &mut [f32]) {
-    let (gates, ups) = joined.split_at_mut(joined.len() / 2);
-    widest(
-        #[inline(always)]
-        || {
-            for (gate, &up) in gates.iter_mut().zip(&*ups) {
-                *gate = *gate * sigmoid(*gate) * up;
-            }
-        },
-    );
 }

@@ -5,7 +5,6 @@
 use std::sync::Arc;
 
 use burn::backend::Flex;
-use burn::backend::TensorMetadata;
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
@@ -15,7 +14,7 @@ use pivotal_kernels::{
     self as kernels, FrozenGroup, FrozenOutputs, FrozenSaved, FrozenWanted, LowRankUpdate,
 };
 
-use super::{TrackedTensor, contiguous, dims, floats, from_values};
+use super::{TrackedTensor, contiguous, dims, floats, from_values, register, shaped_as};
 use crate::frozen::{FrozenJob, Prologue};
 
 #[derive(Debug)]
@@ -152,13 +151,10 @@ fn gradients(state: &State, dy: &FlexTensor, [x, a, b]: [bool; 3]) -> [Option<Fl
             group.backward(saved, floats(dy), rows, wanted)
         })
     });
-    let shaped = |values: Option<Vec<f32>>, like: Option<&FlexTensor>| {
-        Some(from_values(values?, like?.shape()))
-    };
     [
-        shaped(gradients.x, Some(&state.x)),
-        shaped(gradients.a, update.map(|(a, _)| a)),
-        shaped(gradients.b, update.map(|(_, b)| b)),
+        shaped_as(gradients.x, Some(&state.x)),
+        shaped_as(gradients.a, update.map(|(a, _)| a)),
+        shaped_as(gradients.b, update.map(|(_, b)| b)),
     ]
 }
 
@@ -167,11 +163,8 @@ impl Backward<Flex, 1> for FrozenBackward {
 
     fn backward(self, ops: Ops<State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = contiguous(grads.consume::<Flex>(&ops.node));
-        let [x_node] = ops.parents;
-        let [dx, ..] = gradients(&ops.state, &dy, [x_node.is_some(), false, false]);
-        if let (Some(node), Some(dx)) = (x_node, dx) {
-            grads.register::<Flex>(node.id, dx);
-        }
+        let [dx, ..] = gradients(&ops.state, &dy, [ops.parents[0].is_some(), false, false]);
+        register(grads, &ops, [dx]);
     }
 }
 
@@ -182,10 +175,6 @@ impl Backward<Flex, 3> for FrozenLoraBackward {
         let dy = contiguous(grads.consume::<Flex>(&ops.node));
         let wanted = ops.parents.each_ref().map(Option::is_some);
         let gradients = gradients(&ops.state, &dy, wanted);
-        for (node, gradient) in ops.parents.into_iter().zip(gradients) {
-            if let (Some(node), Some(gradient)) = (node, gradient) {
-                grads.register::<Flex>(node.id, gradient);
-            }
-        }
+        register(grads, &ops, gradients);
     }
 }

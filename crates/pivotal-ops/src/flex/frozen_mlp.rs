@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use burn::backend::Flex;
-use burn::backend::TensorMetadata;
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
@@ -12,7 +11,7 @@ use pivotal_kernels::account::{Part, time};
 use pivotal_kernels::{FrozenMlp, MlpGradients, MlpSaved, MlpWanted};
 
 use super::frozen_linears::with_group;
-use super::{TrackedTensor, contiguous, dims, floats, from_values};
+use super::{TrackedTensor, contiguous, dims, floats, from_values, register, shaped_as};
 use crate::frozen::MlpJob;
 
 /// A group's `A` and `B`.
@@ -129,16 +128,13 @@ fn gradients(state: &State, dy: &FlexTensor, wanted: [bool; 5]) -> [Option<FlexT
     } = with_mlp(state.updates.as_ref(), &state.job, |mlp| {
         mlp.backward(floats(&state.x), &state.saved, floats(dy), rows, wanted)
     });
-    let shaped = |values: Option<Vec<f32>>, like: Option<&FlexTensor>| {
-        Some(from_values(values?, like?.shape()))
-    };
     let [gate_up, down] = [0, 1].map(|group| state.updates.as_ref().map(|updates| &updates[group]));
     [
-        shaped(x, Some(&state.x)),
-        shaped(gate_up_a, gate_up.map(|(a, _)| a)),
-        shaped(gate_up_b, gate_up.map(|(_, b)| b)),
-        shaped(down_a, down.map(|(a, _)| a)),
-        shaped(down_b, down.map(|(_, b)| b)),
+        shaped_as(x, Some(&state.x)),
+        shaped_as(gate_up_a, gate_up.map(|(a, _)| a)),
+        shaped_as(gate_up_b, gate_up.map(|(_, b)| b)),
+        shaped_as(down_a, down.map(|(a, _)| a)),
+        shaped_as(down_b, down.map(|(_, b)| b)),
     ]
 }
 
@@ -147,12 +143,9 @@ impl Backward<Flex, 1> for MlpBackward {
 
     fn backward(self, ops: Ops<State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = contiguous(grads.consume::<Flex>(&ops.node));
-        let [x_node] = ops.parents;
-        let wanted = [x_node.is_some(), false, false, false, false];
+        let wanted = [ops.parents[0].is_some(), false, false, false, false];
         let [dx, ..] = gradients(&ops.state, &dy, wanted);
-        if let (Some(node), Some(dx)) = (x_node, dx) {
-            grads.register::<Flex>(node.id, dx);
-        }
+        register(grads, &ops, [dx]);
     }
 }
 
@@ -163,10 +156,6 @@ impl Backward<Flex, 5> for MlpLoraBackward {
         let dy = contiguous(grads.consume::<Flex>(&ops.node));
         let wanted = ops.parents.each_ref().map(Option::is_some);
         let gradients = gradients(&ops.state, &dy, wanted);
-        for (node, gradient) in ops.parents.into_iter().zip(gradients) {
-            if let (Some(node), Some(gradient)) = (node, gradient) {
-                grads.register::<Flex>(node.id, gradient);
-            }
-        }
+        register(grads, &ops, gradients);
     }
 }

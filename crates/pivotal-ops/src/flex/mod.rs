@@ -14,6 +14,8 @@ pub(crate) mod swiglu;
 pub(crate) mod token_logps;
 pub(crate) mod vocabulary_kl;
 
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::Ops;
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Flex, TensorMetadata};
@@ -44,6 +46,24 @@ pub(crate) fn from_values(values: Vec<f32>, shape: impl Into<Shape>) -> FlexTens
         Layout::contiguous(shape.into()),
         DType::F32,
     )
+}
+
+/// Hands each parent of `ops` that is tracked its gradient.
+pub(crate) fn register<S, const N: usize>(
+    grads: &mut Gradients,
+    ops: &Ops<S, N>,
+    gradients: [Option<FlexTensor>; N],
+) {
+    for (node, gradient) in ops.parents.iter().zip(gradients) {
+        if let (Some(node), Some(gradient)) = (node, gradient) {
+            grads.register::<Flex>(node.id, gradient);
+        }
+    }
+}
+
+/// `values` in the shape of what they are the gradient of, where there are any.
+pub(crate) fn shaped_as(values: Option<Vec<f32>>, like: Option<&FlexTensor>) -> Option<FlexTensor> {
+    Some(from_values(values?, like?.shape()))
 }
 
 /// Rows and columns.

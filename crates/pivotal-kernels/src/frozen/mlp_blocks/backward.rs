@@ -5,34 +5,17 @@ use std::ops::Range;
 use super::super::bf16::{down_product, hidden_sources, up_gradient, with_rights};
 use super::super::mlp::{MlpGradients, MlpSaved, MlpWanted};
 use super::super::{FrozenGroup, FrozenMlp, Group, scale};
-use super::{CHUNK, UNIT, block_rows, chunks, cut, for_normed, kept_at, norm};
+use super::{CHUNK, UNIT, block_rows, chunks, for_normed, kept_at};
 use crate::group::{Multiplier, Segment};
-use crate::lanes::{sigmoid, widest};
 use crate::norm::row_input_gradient;
 use crate::panels::{BlockRows, COLUMNS, Source, left_words, packed_words};
-use crate::parallel::{SharedOut, for_each_block, with_scratch, written};
+use crate::parallel::{SharedOut, for_each_block, with_scratch_parts, written};
 use crate::processor::{Processor, processor};
 use crate::rounded::widen_row;
+use crate::swiglu::gate_row_gradient_in_place;
 
 /// Rows of a block, at most: it holds both halves' gradients, packed, where the forward pass holds one product.
 const BACKWARD_ROWS: usize = 128;
-
-/// From gates, ups and the gradient of `silu(gate)·up` to the gradients of the first two and the product itself, in place.
-fn gate_gradient(gates: &mut [f32], ups: &mut [f32], slopes: &mut [f32]) {
-    widest(
-        #[inline(always)]
-        || {
-            for ((gate, up), slope) in gates.iter_mut().zip(ups).zip(slopes) {
-                let open = sigmoid(*gate);
-                let silu = *gate * open;
-                let gated = silu * *up;
-                *gate = *slope * *up * (open + silu * (1.0 - open));
-                *up = *slope * silu;
-                *slope = gated;
-            }
-        },
-    );
-}
 
 /// A group's right operands as the backward pass reads them, packed as [`Operands`](super::Operands) are before the blocks.
 struct Transposed<'a> {
@@ -193,9 +176,8 @@ pub(in crate::frozen) fn backward(
         rows * groups[0].ranks,
         rows * groups[1].ranks,
     ];
-    with_scratch(lens.iter().sum(), |mut rest| {
-        let [dout_right, gated, gates, ups, normed, gate_up_dh, down_dh] =
-            lens.map(|len| cut(&mut rest, len));
+    with_scratch_parts(lens, |parts| {
+        let [dout_right, gated, gates, ups, normed, gate_up_dh, down_dh] = parts;
         let shared = |words: &mut [f32]| (!words.is_empty()).then(|| SharedOut::new(words));
         let mut run = |dx: Option<SharedOut>| {
             let out = Slopes {
@@ -296,7 +278,7 @@ impl Backward<'_> {
             count * CHUNK,
             count * hidden,
         ];
-        with_scratch(words.iter().sum(), |mut rest| {
+        with_scratch_parts(words, |parts| {
             let [
                 left,
                 gates,
@@ -307,7 +289,7 @@ impl Backward<'_> {
                 up,
                 slope,
                 sums,
-            ] = words.map(|words| cut(&mut rest, words));
+            ] = parts;
             let block = BlockRows {
                 values: dout,
                 stride: hidden,
@@ -345,7 +327,7 @@ impl Backward<'_> {
                     let kept = &self.kept[kept_at(first + row, inner, &columns)..][..width];
                     let (gate, up) = (&mut gate[at.clone()], &mut up[at.clone()]);
                     widen_row(kept, gate, up);
-                    gate_gradient(gate, up, &mut slope[at]);
+                    gate_row_gradient_in_place(gate, up, &mut slope[at]);
                 }
                 let block = |values| BlockRows {
                     values,
@@ -379,7 +361,7 @@ impl Backward<'_> {
                 .hidden(&multiplier, adapted, inner, count, gate_up_dh, gate_up_pack);
             let x = &self.x[first * hidden..][..count * hidden];
             let rstd = &self.rstd[first..][..count];
-            let (weight, _) = norm(self.mlp);
+            let (weight, _) = self.mlp.norm();
             if let Some(dx) = self.out.x {
                 let weights = self.gate_up.weights.iter().zip(lefts);
                 let segments: Vec<_> = weights
