@@ -135,7 +135,7 @@ thread_local! {
     static SCRATCH: RefCell<Vec<AlignedFloats>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Lends `body` a buffer of each length in `lens`, as [`with_scratch`] does, each aligned to a cache line.
+/// Lends `body` a buffer of each length in `lens`, of unspecified content, kept by this thread between calls and aligned to cache lines.
 ///
 /// # Examples
 /// ```
