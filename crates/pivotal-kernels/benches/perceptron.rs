@@ -48,7 +48,7 @@ fn with_mlp(adapted: bool, body: impl FnOnce(FrozenMlp<'_>)) {
     ]
     .map(weights);
     let layer = |index: usize, outputs| FrozenLinear {
-        weight: &matrices[index],
+        weight: Some(&matrices[index]),
         bias: None,
         panels: &panels[index],
         outputs,

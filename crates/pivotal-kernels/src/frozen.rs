@@ -34,7 +34,7 @@ mod tests;
 pub use mlp::{FrozenMlp, MlpGradients, MlpOutputs, MlpSaved, MlpWanted};
 pub use prologue::Prologue;
 
-/// A frozen weight's bf16 panels: made at first use, kept as long as this value.
+/// A frozen weight's bf16 panels: made at first use or by [`FrozenPanels::pack`], kept as long as this value.
 ///
 /// They belong to the weight that was given first; hand in another one's and the products are wrong.
 #[derive(Debug, Default)]
@@ -50,8 +50,8 @@ pub struct FrozenPanels {
 /// One frozen layer of a group.
 #[derive(Clone, Copy, Debug)]
 pub struct FrozenLinear<'a> {
-    /// `[outputs, inputs]`.
-    pub weight: &'a [f32],
+    /// `[outputs, inputs]`; `None` where only the panels are left of it ([`FrozenPanels::pack`]).
+    pub weight: Option<&'a [f32]>,
     /// `[outputs]`.
     pub bias: Option<&'a [f32]>,
     /// The weight's panels.
@@ -60,6 +60,64 @@ pub struct FrozenLinear<'a> {
     pub outputs: usize,
     /// Whether the low-rank update has a part for this layer.
     pub adapted: bool,
+}
+
+impl<'a> FrozenLinear<'a> {
+    /// The weight itself, for products that are not in bf16.
+    #[track_caller]
+    fn values(&self) -> &'a [f32] {
+        self.weight
+            .expect("a weight of which only bf16 panels are left takes part in bf16 products alone")
+    }
+}
+
+impl FrozenPanels {
+    /// The panels of `weight`, so that it need not be kept: they are then all there is of it, rounded to bf16.
+    ///
+    /// `None` where [`bf16_available`](crate::bf16_available) is false, for products there read the weight itself.
+    ///
+    /// # Shapes
+    /// `weight` `[outputs, inputs]`.
+    ///
+    /// # Panics
+    /// If `weight` has another length.
+    ///
+    /// # Examples
+    /// ```
+    /// use pivotal_kernels::{FrozenPanels, bf16_available};
+    /// let panels = FrozenPanels::pack(&[1.0, 2.0, 3.0, 1.001], 2, 2);
+    /// assert_eq!(panels.is_some(), bf16_available());
+    /// if let Some(panels) = panels {
+    ///     assert_eq!(panels.unpack(2, 2), [1.0, 2.0, 3.0, 1.0]);
+    /// }
+    /// ```
+    #[must_use]
+    pub fn pack(weight: &[f32], outputs: usize, inputs: usize) -> Option<Self> {
+        check_len("weight", weight, outputs * inputs);
+        #[cfg(target_arch = "x86_64")]
+        if crate::bf16::available() {
+            return Some(Self::of(weight, outputs, inputs));
+        }
+        None
+    }
+
+    /// The weight as it was rounded, `[outputs, inputs]`.
+    ///
+    /// # Panics
+    /// If these are not the panels of such a weight, or none were made yet.
+    #[must_use]
+    pub fn unpack(&self, outputs: usize, inputs: usize) -> Vec<f32> {
+        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
+        let mut weight = zeros(outputs * inputs);
+        #[cfg(target_arch = "x86_64")]
+        {
+            let words = self.forward.get().expect("nothing was packed yet");
+            crate::panels::unpack_columns(words.as_slice(), inputs, &mut weight);
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        assert!(weight.is_empty(), "nothing was packed yet");
+        weight
+    }
 }
 
 /// The low-rank updates of the adapted layers of a group, one below the other.
@@ -168,7 +226,9 @@ impl<'a> Group<'a> {
         update: Option<LowRankUpdate<'_>>,
     ) -> Self {
         for layer in layers {
-            check_len("weight", layer.weight, layer.outputs * inputs);
+            if let Some(weight) = layer.weight {
+                check_len("weight", weight, layer.outputs * inputs);
+            }
             if let Some(bias) = layer.bias {
                 check_len("bias", bias, layer.outputs);
             }
@@ -358,12 +418,12 @@ fn forward_f32(
             shape,
             |out, stride, store| {
                 if stride == shape.n && rows < FEW_ROWS {
-                    return small::few_rows_nt(x, layer.weight, out, shape, store);
+                    return small::few_rows_nt(x, layer.values(), out, shape, store);
                 }
                 f32_product(
                     x,
                     (inputs, 1),
-                    layer.weight,
+                    layer.values(),
                     (1, inputs),
                     out,
                     stride,
@@ -454,7 +514,7 @@ fn backward_f32(
             f32_product(
                 columns(place.first),
                 (outputs, 1),
-                layer.weight,
+                layer.values(),
                 (inputs, 1),
                 dx,
                 inputs,

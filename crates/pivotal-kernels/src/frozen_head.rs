@@ -234,7 +234,7 @@ mod bf16 {
     ) {
         let (rows, width) = (sums.targets.len(), shape.hidden);
         let layer = FrozenLinear {
-            weight: head,
+            weight: Some(head),
             bias: None,
             panels,
             outputs: shape.vocab,

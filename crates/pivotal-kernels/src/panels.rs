@@ -111,6 +111,35 @@ pub(crate) fn pack<const W: usize>(source: Source<'_>, words: &mut [f32]) {
     );
 }
 
+/// What [`pack`] made right panels of, lines one after the other: `values` is `[lines, k]`.
+///
+/// # Panics
+/// If the panels are not those of so many elements.
+pub(crate) fn unpack_columns(words: &[f32], k: usize, values: &mut [f32]) {
+    let lines = values.len() / k.max(1);
+    assert_eq!(words.len(), packed_words::<COLUMNS>(lines, k));
+    let pairs = padded_pairs(k);
+    let values = SharedOut::new(values);
+    for_each_block(lines.div_ceil(COLUMNS), 1, lines * k, |panels| {
+        for panel in panels {
+            let first = panel * COLUMNS;
+            let words = &words[first * pairs..][..COLUMNS * pairs];
+            for line in 0..COLUMNS.min(lines - first) {
+                // SAFETY: line `first + line` is this panel's own.
+                let values = unsafe { values.slice((first + line) * k, k) };
+                let words = words[line..].iter().step_by(COLUMNS);
+                for (two, word) in values.chunks_mut(2).zip(words) {
+                    let bits = word.to_bits();
+                    two[0] = f32::from_bits(bits << 16);
+                    if let Some(second) = two.get_mut(1) {
+                        *second = f32::from_bits(bits & 0xffff_0000);
+                    }
+                }
+            }
+        }
+    });
+}
+
 /// Rows that lie in memory, or that are made where they are wanted.
 pub(crate) enum Rows<'a> {
     /// `stride` floats from one to the next.
@@ -568,6 +597,31 @@ mod tests {
                     packs::<TILE_ROWS>(lines, k, along);
                     packs::<COLUMNS>(lines, k, along);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn unpacking_gives_back_what_was_rounded() {
+        if !available() {
+            return;
+        }
+        for lines in [0, 1, 47, 48, 49, 100] {
+            for k in [1, 2, 31, 33, 71] {
+                let values = random(lines * k, 9);
+                let source = Source {
+                    values: &values,
+                    line_stride: k,
+                    k_stride: 1,
+                    lines,
+                    k,
+                };
+                let mut words = vec![f32::NAN; packed_words::<COLUMNS>(lines, k)];
+                pack::<COLUMNS>(source, &mut words);
+                let mut unpacked = vec![f32::NAN; lines * k];
+                unpack_columns(&words, k, &mut unpacked);
+                let rounded = values.iter().map(|&x| f32::from_bits(bf16(x) << 16));
+                assert_eq!(unpacked, rounded.collect::<Vec<_>>(), "{lines} x {k}");
             }
         }
     }

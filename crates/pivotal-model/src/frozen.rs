@@ -53,7 +53,7 @@ impl FrozenCache {
     ) -> Option<(FrozenLinears, Vec<Option<LowRank<'a>>>)> {
         let layers: Vec<FrozenLayer<'_>> = projections
             .iter()
-            .map(|projection| (&projection.weight, projection.bias.as_ref()))
+            .map(|projection| projection.frozen())
             .collect();
         let updates: Vec<Option<LowRank<'_>>> = projections
             .iter()

@@ -33,6 +33,7 @@ pub use error::{Error, GgufFault, Result};
 pub use generate::{Finish, GenerateSettings, Generation, GenerationStats, Request, StopStrings};
 pub use lora::LoraSpec;
 pub use parameter::{Parameter, Parameters, Visitor};
+pub use projection::PackedWeight;
 pub use recompute::ForwardPass;
 pub use reward_model::{HeadInit, RewardModel};
 pub use sampling::{Drawn, Sampling};

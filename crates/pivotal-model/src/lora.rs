@@ -13,7 +13,7 @@ use crate::checkpoint::HostTensor;
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
 use crate::parameter::{on_tape, to_device, to_host};
-use crate::projection::LowRank;
+use crate::projection::{LowRank, Weight};
 
 /// Which layers get an adapter, and how large.
 #[derive(Clone, Debug, PartialEq)]
@@ -130,7 +130,7 @@ impl Decoder {
     pub fn merged(&self) -> Self {
         let mut decoder = self.detached();
         for (_, projection) in decoder.projections() {
-            projection.weight = projection.merged_weight();
+            projection.weight = Weight::Tensor(projection.merged_weight());
             projection.adapter = None;
         }
         decoder

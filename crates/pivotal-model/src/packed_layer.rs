@@ -87,7 +87,7 @@ impl PackedLinear {
         for projection in projections {
             rows.extend(match merge {
                 true => values(&projection.merged_weight()),
-                false => values(&off_tape(projection.weight.clone())),
+                false => values(&off_tape(projection.weight.tensor())),
             });
         }
         let biases = projections.iter().filter_map(|p| p.bias.as_ref());

@@ -1,10 +1,14 @@
 //! Parameters by name: how they come out of a checkpoint, and how optimizers and writers reach them.
 
 use burn::tensor::{Device, Tensor, TensorData};
+use pivotal_core::ContentHasher;
 
 use crate::checkpoint::{Checkpoint, HostTensor};
 use crate::error::{Error, Result};
-use crate::projection::Projection;
+use crate::projection::{PackedWeight, Projection, Weight};
+
+/// Values hashed at a time.
+const HASHED_VALUES: usize = 1 << 14;
 
 /// A parameter of a model, borrowed for reading or replacing.
 #[derive(Debug)]
@@ -13,6 +17,8 @@ pub enum Parameter<'a> {
     Matrix(&'a mut Tensor<2>),
     /// A norm's gain or a bias, `[width]`.
     Vector(&'a mut Tensor<1>),
+    /// A weight that is not trained and of which only bf16 panels are kept, `[out, in]`.
+    Packed(&'a PackedWeight),
 }
 
 /// What [`Parameters::visit_parameters`] calls with each parameter's name and the parameter.
@@ -26,7 +32,7 @@ pub trait Parameters {
 }
 
 impl Parameter<'_> {
-    /// Replaces the tensor by what one of the two functions makes of it.
+    /// Replaces the tensor by what one of the two functions makes of it; a packed weight stays.
     pub fn map(
         self,
         matrix: impl FnOnce(Tensor<2>) -> Tensor<2>,
@@ -35,6 +41,7 @@ impl Parameter<'_> {
         match self {
             Self::Matrix(tensor) => *tensor = matrix(tensor.clone()),
             Self::Vector(tensor) => *tensor = vector(tensor.clone()),
+            Self::Packed(_) => {}
         }
     }
 
@@ -43,6 +50,7 @@ impl Parameter<'_> {
         match self {
             Self::Matrix(tensor) => tensor.is_require_grad(),
             Self::Vector(tensor) => tensor.is_require_grad(),
+            Self::Packed(_) => false,
         }
     }
 
@@ -51,10 +59,11 @@ impl Parameter<'_> {
         match self {
             Self::Matrix(tensor) => tensor.dims().to_vec(),
             Self::Vector(tensor) => tensor.dims().to_vec(),
+            Self::Packed(packed) => packed.dims().to_vec(),
         }
     }
 
-    /// A copy in host memory.
+    /// A copy in host memory; of a packed weight, as it was rounded to bf16.
     ///
     /// # Panics
     /// If the device cannot be read back.
@@ -62,6 +71,18 @@ impl Parameter<'_> {
         match self {
             Self::Matrix(tensor) => to_host((*tensor).clone()),
             Self::Vector(tensor) => to_host((*tensor).clone()),
+            Self::Packed(packed) => to_host(packed.to_tensor()),
+        }
+    }
+
+    /// BLAKE3 of the values, little-endian and row-major, in hexadecimal; of a packed weight that of what it was before.
+    ///
+    /// # Panics
+    /// If the device cannot be read back.
+    pub fn digest(&self) -> String {
+        match self {
+            Self::Packed(packed) => packed.digest().to_owned(),
+            _ => digest(self.to_host().values()),
         }
     }
 
@@ -69,6 +90,9 @@ impl Parameter<'_> {
     ///
     /// # Errors
     /// [`Error::Shape`], naming the tensor, if `value` has another shape.
+    ///
+    /// # Panics
+    /// If this is a packed weight: it is made of a tensor once.
     pub fn assign(self, name: &str, value: &HostTensor) -> Result<()> {
         let trainable = self.is_trainable();
         match self {
@@ -80,9 +104,22 @@ impl Parameter<'_> {
                 check_shape(name, value, tensor.dims())?;
                 *tensor = leaf(value, &tensor.device(), trainable);
             }
+            Self::Packed(_) => panic!("`{name}` is packed: it takes no other values"),
         }
         Ok(())
     }
+}
+
+/// As [`Parameter::digest`].
+pub(crate) fn digest(values: &[f32]) -> String {
+    let mut hasher = ContentHasher::default();
+    let mut bytes = Vec::with_capacity(size_of::<f32>() * HASHED_VALUES);
+    for values in values.chunks(HASHED_VALUES) {
+        bytes.clear();
+        bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+        hasher.update(&bytes);
+    }
+    hasher.finish()
 }
 
 pub(crate) fn on_tape<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
@@ -162,7 +199,7 @@ impl<'a> WeightSource<'a> {
             .then(|| self.tensor(&format!("{path}.bias"), [shape[0]]))
             .transpose()?;
         Ok(Projection {
-            weight,
+            weight: Weight::Tensor(weight),
             bias,
             adapter: None,
         })

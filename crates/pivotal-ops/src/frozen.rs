@@ -9,6 +9,7 @@ use pivotal_kernels::{FrozenLinear, FrozenPanels, Precision};
 
 use crate::extension::FusedOps;
 use crate::flex::floats;
+use crate::packed_matrix::PackedMatrix;
 
 /// What is done to the input of [`FrozenLinears`] before the first product.
 #[derive(Clone, Copy, Debug)]
@@ -26,8 +27,17 @@ pub enum FrozenInput<'a> {
     Gated,
 }
 
-/// A frozen layer: `[out, in]`, and `[out]` if it has a bias.
-pub type FrozenLayer<'a> = (&'a Tensor<2>, Option<&'a Tensor<1>>);
+/// A weight that is not trained, `[out, in]`.
+#[derive(Clone, Copy, Debug)]
+pub enum FrozenWeight<'a> {
+    /// With every bit it has.
+    Tensor(&'a Tensor<2>),
+    /// What bf16 products read of it: layers made of such multiply in [`Precision::Bf16`] only.
+    Packed(&'a PackedMatrix),
+}
+
+/// A frozen layer: its weight, and `[out]` if it has a bias.
+pub type FrozenLayer<'a> = (FrozenWeight<'a>, Option<&'a Tensor<1>>);
 
 /// A trained update of one of the layers: `scale · B A` (Hu et al. 2021, arXiv:2106.09685).
 #[derive(Clone, Copy, Debug)]
@@ -64,10 +74,15 @@ pub(crate) enum Prologue {
 
 #[derive(Debug)]
 struct Layer {
-    weight: FlexTensor,
+    weight: LayerWeight,
     bias: Option<FlexTensor>,
     outputs: usize,
-    panels: FrozenPanels,
+}
+
+#[derive(Debug)]
+enum LayerWeight {
+    Tensor(FlexTensor, FrozenPanels),
+    Packed(PackedMatrix),
 }
 
 /// What one application needs besides its tensors.
@@ -89,11 +104,11 @@ pub(crate) struct MlpJob {
 }
 
 impl FrozenLinears {
-    /// The layers, or `None` where there is no kernel for them: on another device than Flex, in another type than `f32`, or
-    /// with a tensor that is trained.
+    /// The layers, or `None` where there is no kernel for them: on another device than Flex, in another type than `f32`, with
+    /// a tensor that is trained, or of different input widths.
     pub fn new(input: FrozenInput<'_>, layers: &[FrozenLayer<'_>]) -> Option<Self> {
         let (first, _) = layers.first()?;
-        let inputs = first.dims()[1];
+        let [_, inputs] = first.dims();
         let input = match input {
             FrozenInput::Plain => Prologue::Plain,
             FrozenInput::Gated => Prologue::Gated,
@@ -104,14 +119,19 @@ impl FrozenLinears {
         };
         let layer = |(weight, bias): &FrozenLayer<'_>| {
             let [outputs, width] = weight.dims();
-            Some(Layer {
-                weight: frozen(weight).filter(|_| width == inputs)?,
+            let kept = match *weight {
+                FrozenWeight::Tensor(weight) => {
+                    LayerWeight::Tensor(frozen(weight)?, FrozenPanels::default())
+                }
+                FrozenWeight::Packed(matrix) => LayerWeight::Packed(matrix.clone()),
+            };
+            (width == inputs).then_some(Layer {
+                weight: kept,
                 bias: match bias {
                     None => None,
                     Some(bias) => Some(frozen(bias)?),
                 },
                 outputs,
-                panels: FrozenPanels::default(),
             })
         };
         Some(Self {
@@ -144,7 +164,7 @@ impl FrozenLinears {
                 .iter()
                 .zip(layers)
                 .all(|(layer, (weight, bias))| {
-                    same(&layer.weight, weight)
+                    layer.weight.is(weight)
                         && match (&layer.bias, bias) {
                             (None, None) => true,
                             (Some(layer), Some(bias)) => same(layer, bias),
@@ -289,7 +309,7 @@ impl FrozenLinears {
     /// `hidden` `[rows, in]`, `targets` `[rows]`; returns `[rows]`, in nats.
     ///
     /// # Panics
-    /// If the shapes do not fit, a target is not below the layer's outputs, or this is not one plain layer without bias.
+    /// If the shapes do not fit, a target is not below the layer's outputs, or this is not one plain layer without bias, its weight a tensor.
     pub fn token_logps(
         &self,
         hidden: Tensor<2>,
@@ -297,9 +317,11 @@ impl FrozenLinears {
         precision: Precision,
     ) -> Tensor<1> {
         let plain = matches!(self.weights.input, Prologue::Plain);
+        let is_head =
+            |layer: &Layer| layer.bias.is_none() && matches!(layer.weight, LayerWeight::Tensor(..));
         assert!(
-            plain && matches!(&self.weights.layers[..], [layer] if layer.bias.is_none()),
-            "a head is one plain layer without bias"
+            plain && matches!(&self.weights.layers[..], [layer] if is_head(layer)),
+            "a head is one plain layer without bias, its weight a tensor"
         );
         assert!(
             hidden.dims() == [targets.dims()[0], self.weights.inputs],
@@ -341,9 +363,9 @@ impl FrozenJob {
         let layers = self.weights.layers.iter().zip(&self.adapted);
         layers
             .map(|(layer, &adapted)| FrozenLinear {
-                weight: floats(&layer.weight),
+                weight: layer.weight.values(),
                 bias: layer.bias.as_ref().map(floats),
-                panels: &layer.panels,
+                panels: layer.weight.panels(),
                 outputs: layer.outputs,
                 adapted,
             })
@@ -351,14 +373,48 @@ impl FrozenJob {
     }
 
     /// The head's weight and panels, where the only layer is one.
-    pub(crate) fn head(&self) -> (&FlexTensor, &FrozenPanels) {
-        let layer = &self.weights.layers[0];
-        (&layer.weight, &layer.panels)
+    pub(crate) fn head(&self) -> (&[f32], &FrozenPanels) {
+        let weight = &self.weights.layers[0].weight;
+        let values = weight.values().expect("a head is a tensor");
+        (values, weight.panels())
+    }
+}
+
+impl FrozenWeight<'_> {
+    fn dims(&self) -> [usize; 2] {
+        match self {
+            Self::Tensor(weight) => weight.dims(),
+            Self::Packed(matrix) => matrix.dims(),
+        }
+    }
+}
+
+impl LayerWeight {
+    fn is(&self, weight: &FrozenWeight<'_>) -> bool {
+        match (self, weight) {
+            (Self::Tensor(kept, _), FrozenWeight::Tensor(weight)) => same(kept, weight),
+            (Self::Packed(kept), FrozenWeight::Packed(matrix)) => kept.is(matrix),
+            _ => false,
+        }
+    }
+
+    fn values(&self) -> Option<&[f32]> {
+        match self {
+            Self::Tensor(weight, _) => Some(floats(weight)),
+            Self::Packed(_) => None,
+        }
+    }
+
+    fn panels(&self) -> &FrozenPanels {
+        match self {
+            Self::Tensor(_, panels) => panels,
+            Self::Packed(matrix) => matrix.panels(),
+        }
     }
 }
 
 /// The memory of a tensor that is not trained, on Flex, in `f32`, its elements one after the other.
-fn frozen<const D: usize>(tensor: &Tensor<D>) -> Option<FlexTensor> {
+pub(crate) fn frozen<const D: usize>(tensor: &Tensor<D>) -> Option<FlexTensor> {
     if tensor.dtype() != DType::F32 {
         return None;
     }

@@ -23,13 +23,15 @@ mod extension;
 mod flex;
 mod frozen;
 mod fused;
+mod packed_matrix;
 pub mod portable;
 
 pub use attention_layout::{AttentionLayout, LayoutError};
 pub use device::{DeviceError, DeviceName, card};
-pub use frozen::{FrozenInput, FrozenLayer, FrozenLinears, LowRank};
+pub use frozen::{FrozenInput, FrozenLayer, FrozenLinears, FrozenWeight, LowRank};
 pub use fused::{
     linear, lora_linear, residual, rms_norm, rope_attention, rope_attention_joined, swiglu,
     token_logps, vocabulary_kl,
 };
+pub use packed_matrix::PackedMatrix;
 pub use pivotal_kernels::{Precision, Span as AttentionSpan};

@@ -2,8 +2,8 @@
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use pivotal_ops::{
-    AttentionLayout, AttentionSpan, FrozenInput, FrozenLinears, LowRank, Precision, portable,
-    rope_attention_joined,
+    AttentionLayout, AttentionSpan, FrozenInput, FrozenLinears, FrozenWeight, LowRank,
+    PackedMatrix, Precision, portable, rope_attention_joined,
 };
 
 /// Relative to the largest element of the reference. Both sides sum in f32 in different orders.
@@ -111,9 +111,9 @@ fn layers_with_updates_agree() {
     let weights = [matrix(11, 48, 33), matrix(12, 17, 33), matrix(13, 20, 33)];
     let bias = vector(14, 17);
     let layers = [
-        (&weights[0], None),
-        (&weights[1], Some(&bias)),
-        (&weights[2], None),
+        (FrozenWeight::Tensor(&weights[0]), None),
+        (FrozenWeight::Tensor(&weights[1]), Some(&bias)),
+        (FrozenWeight::Tensor(&weights[2]), None),
     ];
     let scale = 0.5;
     for input in inputs {
@@ -191,8 +191,16 @@ fn a_perceptron_agrees() {
         weight: &norm,
         eps: 1e-5,
     };
-    let gate_up = FrozenLinears::new(normed, &[(gate, None), (up, None)]).unwrap();
-    let down = FrozenLinears::new(FrozenInput::Gated, &[(down, None)]).unwrap();
+    let gate_up = FrozenLinears::new(
+        normed,
+        &[
+            (FrozenWeight::Tensor(gate), None),
+            (FrozenWeight::Tensor(up), None),
+        ],
+    )
+    .unwrap();
+    let down =
+        FrozenLinears::new(FrozenInput::Gated, &[(FrozenWeight::Tensor(down), None)]).unwrap();
     for rows in [1, 63, 64, 65] {
         // x, then A and B of gate and down; up has none.
         let leaves = [
@@ -250,7 +258,7 @@ fn layers_without_updates_agree() {
         weight: &norm,
         eps: 1e-5,
     };
-    let frozen = FrozenLinears::new(input, &[(&weight, None)]).unwrap();
+    let frozen = FrozenLinears::new(input, &[(FrozenWeight::Tensor(&weight), None)]).unwrap();
     for (precision, tolerance) in PRECISIONS {
         assert_agrees(
             &format!("{precision:?}"),
@@ -266,7 +274,8 @@ fn layers_without_updates_agree() {
 fn log_probabilities_under_a_frozen_head_agree() {
     for (rows, hidden, vocab) in [(1, 8, 5), (65, 33, 1009), (20, 48, 3000)] {
         let head = matrix(3, vocab, hidden);
-        let frozen = FrozenLinears::new(FrozenInput::Plain, &[(&head, None)]).unwrap();
+        let frozen =
+            FrozenLinears::new(FrozenInput::Plain, &[(FrozenWeight::Tensor(&head), None)]).unwrap();
         let ids: Vec<i32> = (0..rows).map(|row| (row * 7919 % vocab) as i32).collect();
         let targets = Tensor::<1, Int>::from_data(TensorData::new(ids, [rows]), &Device::flex());
         for (precision, tolerance) in PRECISIONS {
@@ -320,16 +329,29 @@ fn joined_attention_agrees() {
 #[test]
 fn only_what_is_frozen_and_the_same_memory_counts() {
     let (weight, other) = (matrix(1, 3, 2), matrix(2, 3, 2));
-    let frozen = FrozenLinears::new(FrozenInput::Plain, &[(&weight, None)]).unwrap();
-    assert!(frozen.is_made_of(FrozenInput::Plain, &[(&weight.clone(), None)]));
-    assert!(!frozen.is_made_of(FrozenInput::Plain, &[(&other, None)]));
-    assert!(!frozen.is_made_of(FrozenInput::Gated, &[(&weight, None)]));
+    let frozen =
+        FrozenLinears::new(FrozenInput::Plain, &[(FrozenWeight::Tensor(&weight), None)]).unwrap();
+    assert!(frozen.is_made_of(
+        FrozenInput::Plain,
+        &[(FrozenWeight::Tensor(&weight.clone()), None)]
+    ));
+    assert!(!frozen.is_made_of(FrozenInput::Plain, &[(FrozenWeight::Tensor(&other), None)]));
+    assert!(!frozen.is_made_of(FrozenInput::Gated, &[(FrozenWeight::Tensor(&weight), None)]));
     // The same values elsewhere in memory are another weight: they may change on their own.
     let copy = weight.clone().mul_scalar(1.0);
-    assert!(!frozen.is_made_of(FrozenInput::Plain, &[(&copy, None)]));
+    assert!(!frozen.is_made_of(FrozenInput::Plain, &[(FrozenWeight::Tensor(&copy), None)]));
     let trained = weight.clone().autodiff().require_grad();
-    assert!(FrozenLinears::new(FrozenInput::Plain, &[(&trained, None)]).is_none());
-    assert!(!frozen.is_made_of(FrozenInput::Plain, &[(&trained, None)]));
+    assert!(
+        FrozenLinears::new(
+            FrozenInput::Plain,
+            &[(FrozenWeight::Tensor(&trained), None)]
+        )
+        .is_none()
+    );
+    assert!(!frozen.is_made_of(
+        FrozenInput::Plain,
+        &[(FrozenWeight::Tensor(&trained), None)]
+    ));
 
     let (a, b) = (matrix(3, 1, 2), matrix(4, 3, 1));
     let update = LowRank {
@@ -339,4 +361,44 @@ fn only_what_is_frozen_and_the_same_memory_counts() {
     };
     assert!(frozen.takes(&[Some(update)]) && frozen.takes(&[None]));
     assert!(!frozen.takes(&[]) && !frozen.takes(&[Some(LowRank { b: &a, ..update })]));
+}
+
+#[test]
+fn a_packed_matrix_is_its_tensor_in_bf16_bit_for_bit() {
+    let (weight, bias) = (matrix(1, 50, 65), vector(2, 50));
+    let trained = weight.clone().autodiff().require_grad();
+    assert!(PackedMatrix::new(&trained).is_none());
+    let Some(packed) = PackedMatrix::new(&weight) else {
+        assert!(!pivotal_kernels::bf16_available());
+        return;
+    };
+    assert_eq!(packed.dims(), [50, 65]);
+    let again = floats(packed.to_tensor());
+    let rounded =
+        |(&a, &b): (&f32, &f32)| (a - b).abs() <= b.abs() / 256.0 && a.to_bits() & 0xffff == 0;
+    assert!(again.iter().zip(&floats(weight.clone())).all(rounded));
+
+    let leaves = [matrix(3, 70, 65), matrix(4, 2, 65), matrix(5, 50, 2)];
+    let run = |weight: FrozenWeight<'_>| {
+        let frozen = FrozenLinears::new(FrozenInput::Plain, &[(weight, Some(&bias))]).unwrap();
+        assert!(frozen.is_made_of(FrozenInput::Plain, &[(weight, Some(&bias))]));
+        value_and_gradients(&leaves, &|i| {
+            let update = LowRank {
+                a: &i[1],
+                b: &i[2],
+                scale: 0.5,
+            };
+            frozen.forward(i[0].clone(), &[Some(update)], Precision::Bf16)
+        })
+    };
+    assert_eq!(
+        run(FrozenWeight::Tensor(&weight)),
+        run(FrozenWeight::Packed(&packed))
+    );
+    let other = PackedMatrix::new(&weight).unwrap();
+    let layers = [(FrozenWeight::Packed(&packed), None)];
+    let frozen = FrozenLinears::new(FrozenInput::Plain, &layers).unwrap();
+    for weight in [FrozenWeight::Packed(&other), FrozenWeight::Tensor(&weight)] {
+        assert!(!frozen.is_made_of(FrozenInput::Plain, &[(weight, None)]));
+    }
 }

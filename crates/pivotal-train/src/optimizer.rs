@@ -41,6 +41,7 @@ impl GradientSum {
                     accumulate(&mut self.vectors, name, gradient);
                 }
             }
+            Parameter::Packed(_) => {}
         });
     }
 
@@ -183,6 +184,7 @@ impl NamedAdamW {
                     );
                 }
             }
+            Parameter::Packed(_) => {}
         });
         Ok(norm)
     }

@@ -77,6 +77,22 @@ impl Workspace {
         })
     }
 
+    /// The same, with the decoder [`Decoder::packed`]: for what does not train its weights.
+    #[must_use]
+    pub fn packed(mut self) -> Self {
+        self.decoder = self.decoder.packed();
+        self
+    }
+
+    /// [`Workspace::packed`] where an adapter is trained, by [`Workspace::trainable`] with these settings.
+    #[must_use]
+    pub fn packed_under(self, lora: &LoraSettings) -> Self {
+        match lora.spec() {
+            Some(_) => self.packed(),
+            None => self,
+        }
+    }
+
     /// The decoder, trainable: with a fresh adapter, with the adapter it has, or with every parameter.
     ///
     /// # Errors
@@ -180,7 +196,7 @@ impl Workspace {
         }
         let mut checkpoint = load(&model_path(path))?;
         self.expect_tokenizer("oracle", path, &checkpoint)?;
-        take_decoder(&mut checkpoint, precision, self.decoder.device())
+        Ok(take_decoder(&mut checkpoint, precision, self.decoder.device())?.packed())
     }
 
     /// Its signal is read token by token: ids must mean the same to both models.
@@ -246,22 +262,12 @@ fn weights_hash(
 ) -> String {
     let mut hasher = ContentHasher::default();
     hasher.update(format!("{precision:?} {config:?}{}\n", card.unwrap_or_default()).as_bytes());
-    let mut bytes = Vec::with_capacity(size_of::<f32>() * HASHED_VALUES);
     model.visit_parameters(&mut |name, parameter| {
-        // One tensor at a time is copied, and its bytes a piece at a time.
-        let tensor = parameter.to_host();
-        hasher.update(format!("{name} {:?}\n", tensor.shape()).as_bytes());
-        for values in tensor.values().chunks(HASHED_VALUES) {
-            bytes.clear();
-            bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-            hasher.update(&bytes);
-        }
+        let (shape, digest) = (parameter.shape(), parameter.digest());
+        hasher.update(format!("{name} {shape:?} {digest}\n").as_bytes());
     });
     hasher.finish()
 }
-
-/// Values hashed at a time.
-const HASHED_VALUES: usize = 1 << 14;
 
 fn take_decoder(
     checkpoint: &mut Checkpoint,

@@ -1,5 +1,7 @@
 //! The products of [`super`] with bf16 operands.
 
+use std::borrow::Cow;
+
 use super::{
     FrozenGradients, FrozenGroup, FrozenLinear, FrozenPanels, FrozenSaved, FrozenWanted, Group,
     LowRankUpdate, Place, Prologue, scale,
@@ -13,25 +15,29 @@ use crate::panels::{
 use crate::parallel::{AlignedFloats, with_scratch, written};
 
 impl FrozenPanels {
+    /// Those of `weight`, for `x Wᵀ`; the others follow from them.
+    pub(super) fn of(weight: &[f32], outputs: usize, inputs: usize) -> Self {
+        Self {
+            forward: packed_rows(weight, outputs, inputs).into(),
+            ..Self::default()
+        }
+    }
+
     /// The weight's rows as columns of the right operand: `x Wᵀ`.
     pub(crate) fn forward(&self, layer: &FrozenLinear<'_>, inputs: usize) -> &[f32] {
-        let panels = self.forward.get_or_init(|| {
-            packed::<COLUMNS>(Source {
-                values: layer.weight,
-                line_stride: inputs,
-                k_stride: 1,
-                lines: layer.outputs,
-                k: inputs,
-            })
-        });
-        panels.as_slice()
+        let make = || packed_rows(layer.values(), layer.outputs, inputs);
+        self.forward.get_or_init(make).as_slice()
     }
 
     /// The weight itself as the right operand: `dy W`.
     pub(crate) fn backward(&self, layer: &FrozenLinear<'_>, inputs: usize) -> &[f32] {
         let panels = self.backward.get_or_init(|| {
+            let values = match layer.weight {
+                Some(weight) => Cow::Borrowed(weight),
+                None => Cow::Owned(self.unpack(layer.outputs, inputs)),
+            };
             packed::<COLUMNS>(Source {
-                values: layer.weight,
+                values: &values,
                 line_stride: 1,
                 k_stride: inputs,
                 lines: inputs,
@@ -40,6 +46,16 @@ impl FrozenPanels {
         });
         panels.as_slice()
     }
+}
+
+fn packed_rows(weight: &[f32], outputs: usize, inputs: usize) -> AlignedFloats {
+    packed::<COLUMNS>(Source {
+        values: weight,
+        line_stride: inputs,
+        k_stride: 1,
+        lines: outputs,
+        k: inputs,
+    })
 }
 
 fn packed<const W: usize>(source: Source<'_>) -> AlignedFloats {

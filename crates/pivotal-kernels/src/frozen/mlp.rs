@@ -317,7 +317,7 @@ mod tests {
 
         fn with<T>(&self, data: &Data, body: impl FnOnce(FrozenMlp<'_>) -> T) -> T {
             let layer = |index: usize, outputs| FrozenLinear {
-                weight: &data.weights[index],
+                weight: Some(&data.weights[index]),
                 bias: self.bias.then_some(&data.biases[index]),
                 panels: &data.panels[index],
                 outputs,

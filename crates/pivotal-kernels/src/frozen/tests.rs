@@ -1,7 +1,9 @@
 //! Values and gradients against f64, and what changes no bit.
 
 use super::*;
-use crate::testing::{assert_close, naive_product, on_each, on_threads, random, widen};
+use crate::testing::{
+    assert_close, naive_product, on_each, on_each_vector, on_threads, random, widen,
+};
 
 // f32 sums of up to 1100 terms.
 const F32_TOLERANCE: f64 = 5e-5;
@@ -29,6 +31,8 @@ struct Data {
     weights: Vec<Vec<f32>>,
     biases: Vec<Vec<f32>>,
     panels: Vec<FrozenPanels>,
+    /// Whether the products are given panels alone.
+    packed: bool,
     a: Vec<f32>,
     b: Vec<f32>,
 }
@@ -72,6 +76,7 @@ impl Case {
                 .iter()
                 .map(|_| FrozenPanels::default())
                 .collect(),
+            packed: false,
             a: random(self.ranks() * self.inputs, 3),
             b: random(adapted_outputs * self.rank, 4),
         }
@@ -80,7 +85,7 @@ impl Case {
     fn run(&self, data: &Data, update: bool, precision: Precision) -> Results {
         let layers: Vec<_> = (0..self.outputs.len())
             .map(|i| FrozenLinear {
-                weight: &data.weights[i],
+                weight: (!data.packed).then_some(&data.weights[i]),
                 bias: self.bias.then_some(&data.biases[i]),
                 panels: &data.panels[i],
                 outputs: self.outputs[i],
@@ -261,6 +266,41 @@ fn an_update_of_zero_changes_no_bit() {
 }
 
 #[test]
+fn panels_alone_are_the_weights_bit_for_bit() {
+    on_each_vector(|| {
+        for case in cases() {
+            let kept = case.data();
+            let mut packed = case.data();
+            packed.packed = true;
+            packed.panels = (0..case.outputs.len())
+                .map(|i| {
+                    let panels =
+                        FrozenPanels::pack(&kept.weights[i], case.outputs[i], case.inputs).unwrap();
+                    let again = panels.unpack(case.outputs[i], case.inputs);
+                    assert_close("unpacked", &again, &widen(&kept.weights[i]), 1.0 / 256.0);
+                    panels
+                })
+                .collect();
+            let [kept, packed] = [kept, packed].map(|data| case.run(&data, true, Precision::Bf16));
+            assert_eq!(kept.out, packed.out);
+            assert_eq!(
+                (&kept.dx, &kept.da, &kept.db),
+                (&packed.dx, &packed.da, &packed.db)
+            );
+        }
+    });
+}
+
+#[test]
+#[should_panic(expected = "takes part in bf16 products alone")]
+fn panels_alone_are_no_weight_in_f32() {
+    let case = &cases()[0];
+    let mut data = case.data();
+    data.packed = true;
+    case.run(&data, true, Precision::F32);
+}
+
+#[test]
 fn threads_change_no_bit() {
     on_each(|| {
         let case = Case {
@@ -292,7 +332,7 @@ fn what_is_not_asked_for_leaves_the_rest_alone() {
             let all = case.run(&data, true, precision);
             let layers: Vec<_> = (0..3)
                 .map(|i| FrozenLinear {
-                    weight: &data.weights[i],
+                    weight: Some(&data.weights[i]),
                     bias: None,
                     panels: &data.panels[i],
                     outputs: case.outputs[i],
@@ -395,7 +435,7 @@ fn a_prologue_is_its_kernel_before_the_products_bit_for_bit() {
                 ] {
                     let layers: Vec<_> = (0..case.outputs.len())
                         .map(|i| FrozenLinear {
-                            weight: &data.weights[i],
+                            weight: Some(&data.weights[i]),
                             bias: case.bias.then_some(&data.biases[i]),
                             panels: &data.panels[i],
                             outputs: case.outputs[i],

@@ -27,16 +27,15 @@ fn compute(
     slopes: Option<&mut [f32]>,
 ) -> FlexTensor {
     let (head, panels) = job.head();
-    let [vocab, width] = dims(head);
     let shape = HeadShape {
-        hidden: width,
-        vocab,
+        hidden: job.weights.inputs,
+        vocab: job.weights.outputs(),
     };
     let targets = token_ids(targets);
     let result = time(Part::Head, || {
         frozen_token_logps(
             floats(hidden),
-            floats(head),
+            head,
             panels,
             &targets,
             shape,

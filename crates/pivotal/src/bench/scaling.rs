@@ -104,7 +104,7 @@ fn shortage(bench: &Bench, last: Probe) -> Option<String> {
         .base
         .clone()
         .visit_parameters(&mut |_, parameter| {
-            weights += 4 * parameter.to_host().values().len() as u64;
+            weights += 4 * parameter.shape().iter().product::<usize>() as u64;
         });
     let (peak, available) = (last.peak_bytes?, machine::available_bytes()?);
     let more = peak.saturating_sub(weights);

@@ -32,7 +32,19 @@ pub(crate) struct Subject {
 }
 
 impl Subject {
+    /// The base is packed where adapters are trained, as the recipes' is.
     pub(crate) fn load(settings: &Settings) -> Result<Self, Failure> {
+        let subject = Self::read(settings)?;
+        Ok(match settings.lora_rank {
+            0 => subject,
+            _ => Self {
+                base: subject.base.packed(),
+                ..subject
+            },
+        })
+    }
+
+    fn read(settings: &Settings) -> Result<Self, Failure> {
         let Some(path) = &settings.model else {
             let base = random_decoder(smollm2_shape(), settings)?;
             let (pairs, data) = synthetic(base.config(), settings);
