@@ -89,8 +89,12 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// Rows of query, key and value.
-    pub(crate) fn joined(shape: AttentionShape, rope: &'a RopeTable, values: &'a [f32]) -> Self {
+    /// Rows of query, key and value; rotated already without a table.
+    pub(crate) fn joined(
+        shape: AttentionShape,
+        rope: Option<&'a RopeTable>,
+        values: &'a [f32],
+    ) -> Self {
         let (queries, keys) = (shape.query_width(), shape.key_width());
         let part = |first| Columns {
             values,
@@ -102,7 +106,7 @@ impl<'a> Source<'a> {
             q: part(0),
             k: part(queries),
             v: part(queries + keys),
-            rope: Some(rope),
+            rope,
         }
     }
 

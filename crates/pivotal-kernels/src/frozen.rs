@@ -11,8 +11,6 @@
 //! update already in it.
 
 use std::borrow::Cow;
-#[cfg(target_arch = "x86_64")]
-use std::sync::OnceLock;
 
 use crate::account::time;
 use crate::matmul::{
@@ -27,25 +25,14 @@ mod bf16;
 mod mlp;
 #[cfg(target_arch = "x86_64")]
 mod mlp_blocks;
+mod panels;
 mod prologue;
 #[cfg(test)]
 mod tests;
 
 pub use mlp::{FrozenMlp, MlpGradients, MlpOutputs, MlpSaved, MlpWanted};
+pub use panels::FrozenPanels;
 pub use prologue::Prologue;
-
-/// A frozen weight's bf16 panels: made at first use or by [`FrozenPanels::pack`], kept as long as this value.
-///
-/// They belong to the weight that was given first; hand in another one's and the products are wrong.
-#[derive(Debug, Default)]
-pub struct FrozenPanels {
-    /// For `x Wᵀ`.
-    #[cfg(target_arch = "x86_64")]
-    forward: OnceLock<crate::parallel::AlignedFloats>,
-    /// For `dy W`.
-    #[cfg(target_arch = "x86_64")]
-    backward: OnceLock<crate::parallel::AlignedFloats>,
-}
 
 /// One frozen layer of a group.
 #[derive(Clone, Copy, Debug)]
@@ -68,55 +55,6 @@ impl<'a> FrozenLinear<'a> {
     fn values(&self) -> &'a [f32] {
         self.weight
             .expect("a weight of which only bf16 panels are left takes part in bf16 products alone")
-    }
-}
-
-impl FrozenPanels {
-    /// The panels of `weight`, so that it need not be kept: they are then all there is of it, rounded to bf16.
-    ///
-    /// `None` where [`bf16_available`](crate::bf16_available) is false, for products there read the weight itself.
-    ///
-    /// # Shapes
-    /// `weight` `[outputs, inputs]`.
-    ///
-    /// # Panics
-    /// If `weight` has another length.
-    ///
-    /// # Examples
-    /// ```
-    /// use pivotal_kernels::{FrozenPanels, bf16_available};
-    /// let panels = FrozenPanels::pack(&[1.0, 2.0, 3.0, 1.001], 2, 2);
-    /// assert_eq!(panels.is_some(), bf16_available());
-    /// if let Some(panels) = panels {
-    ///     assert_eq!(panels.unpack(2, 2), [1.0, 2.0, 3.0, 1.0]);
-    /// }
-    /// ```
-    #[must_use]
-    pub fn pack(weight: &[f32], outputs: usize, inputs: usize) -> Option<Self> {
-        check_len("weight", weight, outputs * inputs);
-        #[cfg(target_arch = "x86_64")]
-        if crate::bf16::available() {
-            return Some(Self::of(weight, outputs, inputs));
-        }
-        None
-    }
-
-    /// The weight as it was rounded, `[outputs, inputs]`.
-    ///
-    /// # Panics
-    /// If these are not the panels of such a weight, or none were made yet.
-    #[must_use]
-    pub fn unpack(&self, outputs: usize, inputs: usize) -> Vec<f32> {
-        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
-        let mut weight = zeros(outputs * inputs);
-        #[cfg(target_arch = "x86_64")]
-        {
-            let words = self.forward.get().expect("nothing was packed yet");
-            crate::panels::unpack_columns(words.as_slice(), inputs, &mut weight);
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        assert!(weight.is_empty(), "nothing was packed yet");
-        weight
     }
 }
 

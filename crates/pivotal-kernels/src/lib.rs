@@ -60,7 +60,6 @@ mod plan;
 mod processor;
 mod rope;
 mod rope_attention;
-#[cfg(target_arch = "x86_64")]
 mod rounded;
 mod rows;
 mod small;
@@ -88,7 +87,8 @@ pub use parallel::{with_scratch_parts, zeros};
 pub use plan::{AttentionPlan, AttentionShape, Span};
 pub use processor::{Processor, limit_processor, processor};
 pub use rope::RopeTable;
-pub use rope_attention::{rope_attention, rope_attention_backward};
+pub use rope_attention::{RotatedRows, rope_attention, rope_attention_backward};
+pub use rounded::RoundedFloats;
 pub use rows::{argmax, log_sum_exp};
 pub use swiglu::{swiglu_backward, swiglu_forward, swiglu_joined_backward, swiglu_joined_forward};
 pub use vocabulary_kl::{HeadInput, VocabularyKl, vocabulary_kl_backward, vocabulary_kl_forward};

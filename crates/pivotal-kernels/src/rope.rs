@@ -178,7 +178,7 @@ impl RopeTable {
     }
 
     /// The heads of one token, rotated.
-    fn turn(&self, token: usize, from: &[f32], to: &mut [f32], direction: f32) {
+    pub(crate) fn turn(&self, token: usize, from: &[f32], to: &mut [f32], direction: f32) {
         let half = self.half;
         let (cosines, sines) = self.angles(token);
         let heads = from

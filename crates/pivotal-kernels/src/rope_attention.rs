@@ -2,10 +2,12 @@
 
 use crate::attention::{AttentionInput, attention};
 use crate::attention_backward::{AttentionSaved, attention_backward};
+use crate::matmul::Precision;
 #[cfg(target_arch = "x86_64")]
-use crate::parallel::written;
+use crate::parallel::{SharedOut, for_each_block, rows_per_block, with_scratch, written, zeros};
 use crate::plan::AttentionPlan;
 use crate::rope::RopeTable;
+use crate::rounded::RoundedFloats;
 
 /// [`RopeTable::split`] and [`attention`], bit for bit: the output and the log-sum-exps.
 ///
@@ -26,7 +28,7 @@ pub fn rope_attention(
     check(plan, rope, joined);
     #[cfg(target_arch = "x86_64")]
     if crate::attention_amx_rows::takes(plan) {
-        let source = crate::attention_amx_rows::Source::joined(shape, rope, joined);
+        let source = crate::attention_amx_rows::Source::joined(shape, Some(rope), joined);
         // SAFETY: tokens are in a span or in a gap, and each is written.
         return unsafe {
             crate::attention::written_by(plan, |out, lse| {
@@ -64,29 +66,146 @@ pub fn rope_attention_backward(
     saved.check(plan, dout);
     #[cfg(target_arch = "x86_64")]
     if crate::attention_amx_rows::takes(plan) {
-        use crate::attention_amx_rows::{Source, Target};
-        let source = Source::joined(shape, rope, joined);
-        let width = shape.query_width() + 2 * shape.key_width();
-        // SAFETY: tokens are in a span or in a gap, and each is written: as a query, and as one of its family.
-        return unsafe {
-            written(joined.len(), |gradient| {
-                for gap in &plan.gaps {
-                    let gap = gradient.slice(gap.start * width, gap.len() * width);
-                    gap.fill(0.0);
-                }
-                let target = Target::joined(shape, rope, gradient);
-                crate::attention_amx_backward::backward(plan, source, saved, dout, target);
-            })
-        };
+        let source = crate::attention_amx_rows::Source::joined(shape, Some(rope), joined);
+        return backward_amx(plan, rope, source, saved, dout);
     }
-    let [q, k, v] = rope.split(joined, shape);
+    backward_apart(plan, rope, rope.split(joined, shape), saved, dout)
+}
+
+/// From query and key rotated, and value.
+fn backward_apart(
+    plan: &AttentionPlan,
+    rope: &RopeTable,
+    [q, k, v]: [Vec<f32>; 3],
+    saved: AttentionSaved<'_>,
+    dout: &[f32],
+) -> Vec<f32> {
     let input = AttentionInput {
         q: &q,
         k: &k,
         v: &v,
     };
     let parts = attention_backward(plan, input, saved, dout);
-    rope.join(parts.each_ref().map(|part| &part[..]), shape)
+    rope.join(parts.each_ref().map(|part| &part[..]), plan.shape())
+}
+
+#[cfg(target_arch = "x86_64")]
+fn backward_amx(
+    plan: &AttentionPlan,
+    rope: &RopeTable,
+    source: crate::attention_amx_rows::Source<'_>,
+    saved: AttentionSaved<'_>,
+    dout: &[f32],
+) -> Vec<f32> {
+    use crate::attention_amx_rows::Target;
+    let shape = plan.shape();
+    let width = shape.query_width() + 2 * shape.key_width();
+    // SAFETY: tokens are in a span or in a gap, and each is written: as a query, and as one of its family.
+    unsafe {
+        written(plan.tokens() * width, |gradient| {
+            for gap in &plan.gaps {
+                let gap = gradient.slice(gap.start * width, gap.len() * width);
+                gap.fill(0.0);
+            }
+            let target = Target::joined(shape, rope, gradient);
+            crate::attention_amx_backward::backward(plan, source, saved, dout, target);
+        })
+    }
+}
+
+/// What [`rope_attention`] multiplied: its rows rotated, queries times the scale of scores, and rounded to bf16, in half the
+/// room of `joined`.
+#[derive(Clone, Debug)]
+pub struct RotatedRows(RoundedFloats);
+
+impl RotatedRows {
+    /// The rows of `joined`, or `None` where the plan's products do not round their operands to bf16.
+    ///
+    /// # Panics
+    /// As [`rope_attention`].
+    #[must_use]
+    pub fn new(plan: &AttentionPlan, rope: &RopeTable, joined: &[f32]) -> Option<Self> {
+        let shape = plan.shape();
+        check(plan, rope, joined);
+        if plan.precision() != Precision::Bf16 {
+            return None;
+        }
+        let (queries, keys) = (shape.query_width(), shape.key_width());
+        let width = queries + 2 * keys;
+        let rows = RoundedFloats::of_rows(plan.tokens(), width, |token, row| {
+            let from = &joined[token * width..][..width];
+            rope.turn(
+                token,
+                &from[..queries + keys],
+                &mut row[..queries + keys],
+                1.0,
+            );
+            row[..queries].iter_mut().for_each(|q| *q *= shape.scale());
+            row[queries + keys..].copy_from_slice(&from[queries + keys..]);
+        });
+        rows.map(Self)
+    }
+
+    /// [`rope_attention_backward`] at the `joined` that these were made of, bit for bit.
+    ///
+    /// # Panics
+    /// As [`rope_attention_backward`].
+    #[must_use]
+    pub fn backward(
+        &self,
+        plan: &AttentionPlan,
+        rope: &RopeTable,
+        saved: AttentionSaved<'_>,
+        dout: &[f32],
+    ) -> Vec<f32> {
+        saved.check(plan, dout);
+        #[cfg(target_arch = "x86_64")]
+        {
+            let (shape, tokens) = (plan.shape(), plan.tokens());
+            let (queries, keys) = (shape.query_width(), shape.key_width());
+            let width = queries + 2 * keys;
+            // The kernels scale queries before they round them: what is on the grid of bf16 comes back to where it was.
+            let unscale = |q: &mut [f32]| q.iter_mut().for_each(|q| *q *= 1.0 / shape.scale());
+            let by_rows = |body: &(dyn Fn(usize) + Sync)| {
+                for_each_block(tokens, rows_per_block(width), tokens * width, |block| {
+                    block.for_each(body);
+                });
+            };
+            if crate::attention_amx_rows::takes(plan) {
+                return with_scratch(tokens * width, |joined| {
+                    let target = SharedOut::new(joined);
+                    by_rows(&|token| {
+                        // SAFETY: row `token` is this task's own.
+                        let row = unsafe { target.slice(token * width, width) };
+                        self.0.read(token * width, row);
+                        unscale(&mut row[..queries]);
+                    });
+                    let source = crate::attention_amx_rows::Source::joined(shape, None, joined);
+                    backward_amx(plan, rope, source, saved, dout)
+                });
+            }
+            let mut parts = [queries, keys, keys].map(|width| zeros(tokens * width));
+            let [q, k, v] = parts.each_mut().map(|part| SharedOut::new(part));
+            by_rows(&|token| {
+                // SAFETY: row `token` of each part is this task's own.
+                let [q, k, v] = unsafe {
+                    [
+                        q.slice(token * queries, queries),
+                        k.slice(token * keys, keys),
+                        v.slice(token * keys, keys),
+                    ]
+                };
+                let first = token * width;
+                self.0.read(first, q);
+                unscale(q);
+                self.0.read(first + queries, k);
+                self.0.read(first + queries + keys, v);
+            });
+            backward_apart(plan, rope, parts, saved, dout)
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        unreachable!("no processor here rounds operands to bf16")
+    }
 }
 
 #[track_caller]
@@ -103,7 +222,6 @@ fn check(plan: &AttentionPlan, rope: &RopeTable, joined: &[f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::matmul::Precision;
     use crate::plan::{AttentionShape, Span};
     use crate::testing::{on_each, on_threads, random};
 
@@ -180,6 +298,13 @@ mod tests {
                         let run = || rope_attention_backward(&plan, &rope, &joined, saved, &dout);
                         assert_eq!(on_threads(1, run), parts, "{shape:?} {spans:?}");
                         assert_eq!(on_threads(3, run), parts, "{shape:?} {spans:?}");
+                        let kept = RotatedRows::new(&plan, &rope, &joined);
+                        assert_eq!(kept.is_some(), plan.precision() == Precision::Bf16);
+                        if let Some(kept) = kept {
+                            let run = || kept.backward(&plan, &rope, saved, &dout);
+                            assert_eq!(on_threads(1, run), parts, "{shape:?} {spans:?}");
+                            assert_eq!(on_threads(3, run), parts, "{shape:?} {spans:?}");
+                        }
                     });
                 }
             }

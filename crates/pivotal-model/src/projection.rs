@@ -15,6 +15,10 @@ pub(crate) struct Projection {
 }
 
 /// A layer's weight, `[out, in]`.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a model has a few hundred: 60 KB in all"
+)]
 #[derive(Clone, Debug)]
 pub(crate) enum Weight {
     Tensor(Tensor<2>),

@@ -186,7 +186,7 @@ impl FusedOps for Flex {
         qkv: FloatTensor<Self>,
         plan: Arc<LayoutPlan>,
     ) -> FloatTensor<Self> {
-        flex::rope_attention::forward_joined(qkv, plan).0
+        flex::rope_attention::forward_joined(&flex::contiguous(qkv), &plan).0
     }
 
     fn fused_frozen_mlp(x: FloatTensor<Self>, job: Arc<MlpJob>) -> FloatTensor<Self> {

@@ -1,7 +1,5 @@
 //! The products of [`super`] with bf16 operands.
 
-use std::borrow::Cow;
-
 use super::{
     FrozenGradients, FrozenGroup, FrozenLinear, FrozenPanels, FrozenSaved, FrozenWanted, Group,
     LowRankUpdate, Place, Prologue, scale,
@@ -12,57 +10,7 @@ use crate::matmul::Store;
 use crate::panels::{
     COLUMNS, Part, Rows, Source, left_words, pack, pack_left, pack_rows, packed_words,
 };
-use crate::parallel::{AlignedFloats, with_scratch, written};
-
-impl FrozenPanels {
-    /// Those of `weight`, for `x Wᵀ`; the others follow from them.
-    pub(super) fn of(weight: &[f32], outputs: usize, inputs: usize) -> Self {
-        Self {
-            forward: packed_rows(weight, outputs, inputs).into(),
-            ..Self::default()
-        }
-    }
-
-    /// The weight's rows as columns of the right operand: `x Wᵀ`.
-    pub(crate) fn forward(&self, layer: &FrozenLinear<'_>, inputs: usize) -> &[f32] {
-        let make = || packed_rows(layer.values(), layer.outputs, inputs);
-        self.forward.get_or_init(make).as_slice()
-    }
-
-    /// The weight itself as the right operand: `dy W`.
-    pub(crate) fn backward(&self, layer: &FrozenLinear<'_>, inputs: usize) -> &[f32] {
-        let panels = self.backward.get_or_init(|| {
-            let values = match layer.weight {
-                Some(weight) => Cow::Borrowed(weight),
-                None => Cow::Owned(self.unpack(layer.outputs, inputs)),
-            };
-            packed::<COLUMNS>(Source {
-                values: &values,
-                line_stride: 1,
-                k_stride: inputs,
-                lines: inputs,
-                k: layer.outputs,
-            })
-        });
-        panels.as_slice()
-    }
-}
-
-fn packed_rows(weight: &[f32], outputs: usize, inputs: usize) -> AlignedFloats {
-    packed::<COLUMNS>(Source {
-        values: weight,
-        line_stride: inputs,
-        k_stride: 1,
-        lines: outputs,
-        k: inputs,
-    })
-}
-
-fn packed<const W: usize>(source: Source<'_>) -> AlignedFloats {
-    let mut words = AlignedFloats::zeroed(packed_words::<W>(source.lines, source.k));
-    pack::<W>(source, words.as_mut_slice());
-    words
-}
+use crate::parallel::{with_scratch, written};
 
 /// Lends `body` the operands packed as left ones, in their order.
 fn with_lefts<T>(sources: &[Source<'_>], body: impl FnOnce(&[&[f32]]) -> T) -> T {

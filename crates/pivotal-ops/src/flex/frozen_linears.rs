@@ -4,17 +4,18 @@
 
 use std::sync::Arc;
 
-use burn::backend::Flex;
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
+use burn::backend::{Flex, TensorMetadata};
 use pivotal_kernels::account::{Part, time};
 use pivotal_kernels::{
     self as kernels, FrozenGroup, FrozenOutputs, FrozenSaved, FrozenWanted, LowRankUpdate,
+    Precision,
 };
 
-use super::{TrackedTensor, contiguous, dims, floats, from_values, register, shaped_as};
+use super::{Kept, TrackedTensor, contiguous, dims, floats, from_values, register, shaped_as};
 use crate::frozen::{FrozenJob, Prologue};
 
 #[derive(Debug)]
@@ -26,7 +27,7 @@ struct FrozenLoraBackward;
 /// What the backward pass needs.
 #[derive(Clone, Debug)]
 struct State {
-    x: FlexTensor,
+    x: Kept,
     /// The norm's reciprocal root mean square, `[rows]`; empty without a norm.
     rstd: Arc<[f32]>,
     update: Option<(FlexTensor, FlexTensor)>,
@@ -98,7 +99,7 @@ pub(crate) fn tracked<C: CheckpointStrategy>(
     {
         OpsKind::Tracked(prepared) => {
             let state = State {
-                x,
+                x: kept(x, &job),
                 rstd: rstd.into(),
                 update: None,
                 h: h.into(),
@@ -124,7 +125,7 @@ pub(crate) fn tracked_lora<C: CheckpointStrategy>(
     {
         OpsKind::Tracked(prepared) => {
             let state = State {
-                x,
+                x: kept(x, &job),
                 rstd: rstd.into(),
                 update,
                 h: h.into(),
@@ -136,25 +137,36 @@ pub(crate) fn tracked_lora<C: CheckpointStrategy>(
     }
 }
 
+/// An input that only a norm reads besides is kept rounded. A plain one is the output of an operation that keeps it whole.
+fn kept(x: FlexTensor, job: &FrozenJob) -> Kept {
+    let precision = match job.weights.input {
+        Prologue::Normed { .. } => job.precision,
+        Prologue::Plain | Prologue::Gated => Precision::F32,
+    };
+    Kept::new(x, precision)
+}
+
 /// The wanted gradients of `x`, `a` and `b`.
 fn gradients(state: &State, dy: &FlexTensor, [x, a, b]: [bool; 3]) -> [Option<FlexTensor>; 3] {
     let rows = dims(dy)[0];
-    let saved = FrozenSaved {
-        x: floats(&state.x),
-        h: &state.h,
-        rstd: &state.rstd,
-    };
     let update = state.update.as_ref();
     let gradients = with_group(update, &state.job, |group| {
         let wanted = FrozenWanted { x, a, b };
         time(Part::Linear, || {
-            group.backward(saved, floats(dy), rows, wanted)
+            state.x.with(|x| {
+                let saved = FrozenSaved {
+                    x,
+                    h: &state.h,
+                    rstd: &state.rstd,
+                };
+                group.backward(saved, floats(dy), rows, wanted)
+            })
         })
     });
     [
-        shaped_as(gradients.x, Some(&state.x)),
-        shaped_as(gradients.a, update.map(|(a, _)| a)),
-        shaped_as(gradients.b, update.map(|(_, b)| b)),
+        shaped_as(gradients.x, Some(state.x.shape())),
+        shaped_as(gradients.a, update.map(|(a, _)| a.shape())),
+        shaped_as(gradients.b, update.map(|(_, b)| b.shape())),
     ]
 }
 

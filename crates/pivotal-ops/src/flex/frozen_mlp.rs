@@ -2,16 +2,16 @@
 
 use std::sync::Arc;
 
-use burn::backend::Flex;
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
+use burn::backend::{Flex, TensorMetadata};
 use pivotal_kernels::account::{Part, time};
 use pivotal_kernels::{FrozenMlp, MlpGradients, MlpSaved, MlpWanted};
 
 use super::frozen_linears::with_group;
-use super::{TrackedTensor, contiguous, dims, floats, from_values, register, shaped_as};
+use super::{Kept, TrackedTensor, contiguous, dims, floats, from_values, register, shaped_as};
 use crate::frozen::MlpJob;
 
 /// A group's `A` and `B`.
@@ -26,7 +26,7 @@ struct MlpLoraBackward;
 /// What the backward pass needs.
 #[derive(Clone, Debug)]
 struct State {
-    x: FlexTensor,
+    x: Kept,
     saved: Arc<MlpSaved>,
     /// Of the gates and ups, and of the last layer.
     updates: Option<[Update; 2]>,
@@ -101,7 +101,7 @@ fn state(
     job: Arc<MlpJob>,
 ) -> State {
     State {
-        x,
+        x: Kept::new(x, job.down.precision),
         saved: Arc::new(saved.expect("a tracked operation has a tracked parent")),
         updates,
         job,
@@ -126,15 +126,17 @@ fn gradients(state: &State, dy: &FlexTensor, wanted: [bool; 5]) -> [Option<FlexT
         down_a,
         down_b,
     } = with_mlp(state.updates.as_ref(), &state.job, |mlp| {
-        mlp.backward(floats(&state.x), &state.saved, floats(dy), rows, wanted)
+        state
+            .x
+            .with(|x| mlp.backward(x, &state.saved, floats(dy), rows, wanted))
     });
     let [gate_up, down] = [0, 1].map(|group| state.updates.as_ref().map(|updates| &updates[group]));
     [
-        shaped_as(x, Some(&state.x)),
-        shaped_as(gate_up_a, gate_up.map(|(a, _)| a)),
-        shaped_as(gate_up_b, gate_up.map(|(_, b)| b)),
-        shaped_as(down_a, down.map(|(a, _)| a)),
-        shaped_as(down_b, down.map(|(_, b)| b)),
+        shaped_as(x, Some(state.x.shape())),
+        shaped_as(gate_up_a, gate_up.map(|(a, _)| a.shape())),
+        shaped_as(gate_up_b, gate_up.map(|(_, b)| b.shape())),
+        shaped_as(down_a, down.map(|(a, _)| a.shape())),
+        shaped_as(down_b, down.map(|(_, b)| b.shape())),
     ]
 }
 

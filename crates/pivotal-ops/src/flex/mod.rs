@@ -14,12 +14,15 @@ pub(crate) mod swiglu;
 pub(crate) mod token_logps;
 pub(crate) mod vocabulary_kl;
 
+use std::sync::Arc;
+
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::Ops;
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Flex, TensorMetadata};
 use burn::tensor::{Bytes, DType, Shape};
+use pivotal_kernels::{Precision, RoundedFloats};
 
 /// A float tensor of Flex under autodiff, whatever the checkpointing strategy.
 pub(crate) type TrackedTensor = FloatTensor<Autodiff<Flex>>;
@@ -48,6 +51,40 @@ pub(crate) fn from_values(values: Vec<f32>, shape: impl Into<Shape>) -> FlexTens
     )
 }
 
+/// A tensor that only the backward pass reads again: rounded to bf16, in half the room, where its products are in bf16.
+#[derive(Clone, Debug)]
+pub(crate) enum Kept {
+    Whole(FlexTensor),
+    Rounded(Arc<RoundedFloats>, Shape),
+}
+
+impl Kept {
+    pub(crate) fn new(tensor: FlexTensor, precision: Precision) -> Self {
+        let rounded = match precision {
+            Precision::Bf16 => RoundedFloats::new(floats(&tensor)),
+            Precision::F32 => None,
+        };
+        match rounded {
+            Some(rounded) => Self::Rounded(Arc::new(rounded), tensor.shape()),
+            None => Self::Whole(tensor),
+        }
+    }
+
+    pub(crate) fn with<T>(&self, body: impl FnOnce(&[f32]) -> T) -> T {
+        match self {
+            Self::Whole(tensor) => body(floats(tensor)),
+            Self::Rounded(rounded, _) => rounded.with(body),
+        }
+    }
+
+    pub(crate) fn shape(&self) -> Shape {
+        match self {
+            Self::Whole(tensor) => tensor.shape(),
+            Self::Rounded(_, shape) => shape.clone(),
+        }
+    }
+}
+
 /// Hands each parent of `ops` that is tracked its gradient.
 pub(crate) fn register<S, const N: usize>(
     grads: &mut Gradients,
@@ -62,8 +99,8 @@ pub(crate) fn register<S, const N: usize>(
 }
 
 /// `values` in the shape of what they are the gradient of, where there are any.
-pub(crate) fn shaped_as(values: Option<Vec<f32>>, like: Option<&FlexTensor>) -> Option<FlexTensor> {
-    Some(from_values(values?, like?.shape()))
+pub(crate) fn shaped_as(values: Option<Vec<f32>>, like: Option<Shape>) -> Option<FlexTensor> {
+    Some(from_values(values?, like?))
 }
 
 /// Rows and columns.

@@ -9,7 +9,7 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
 use pivotal_kernels::account::{Part, time};
 use pivotal_kernels::{
-    AttentionInput, AttentionSaved, attention, attention_backward, rope_attention,
+    AttentionInput, AttentionSaved, RotatedRows, attention, attention_backward, rope_attention,
     rope_attention_backward,
 };
 
@@ -33,13 +33,21 @@ pub(crate) struct State {
     plan: Arc<LayoutPlan>,
 }
 
-/// What the backward pass needs where the rows are joined: them, not rotated yet.
+/// What the backward pass needs where the rows are joined.
 #[derive(Clone, Debug)]
 pub(crate) struct JoinedState {
-    qkv: FlexTensor,
+    rows: JoinedRows,
     out: FlexTensor,
     lse: Arc<[f32]>,
     plan: Arc<LayoutPlan>,
+}
+
+#[derive(Clone, Debug)]
+enum JoinedRows {
+    /// Not rotated yet.
+    Whole(FlexTensor),
+    /// As bf16 products read them.
+    Rotated(Arc<RotatedRows>),
 }
 
 impl State {
@@ -103,21 +111,14 @@ pub(crate) fn tracked<C: CheckpointStrategy>(
     }
 }
 
-/// As [`forward`], from rows of query, key and value, which are rotated where they are read.
-pub(crate) fn forward_joined(qkv: FlexTensor, plan: Arc<LayoutPlan>) -> (FlexTensor, JoinedState) {
+/// As [`forward`], from rows of query, key and value, which are rotated where they are read: the output and `lse`.
+pub(crate) fn forward_joined(qkv: &FlexTensor, plan: &LayoutPlan) -> (FlexTensor, Vec<f32>) {
     let shape = plan.attention.shape();
-    let qkv = contiguous(qkv);
     let (out, lse) = time(Part::Attention, || {
-        rope_attention(&plan.attention, &plan.rope, floats(&qkv))
+        rope_attention(&plan.attention, &plan.rope, floats(qkv))
     });
-    let out = from_values(out, [dims(&qkv)[0], shape.heads * shape.head_dim]);
-    let state = JoinedState {
-        qkv,
-        out: out.clone(),
-        lse: lse.into(),
-        plan,
-    };
-    (out, state)
+    let out = from_values(out, [dims(qkv)[0], shape.heads * shape.head_dim]);
+    (out, lse)
 }
 
 pub(crate) fn tracked_joined<C: CheckpointStrategy>(
@@ -125,17 +126,29 @@ pub(crate) fn tracked_joined<C: CheckpointStrategy>(
     plan: Arc<LayoutPlan>,
 ) -> TrackedTensor {
     let (qkv, node) = qkv.into_parts();
-    let (out, state) = forward_joined(qkv, plan);
+    let qkv = contiguous(qkv);
+    let (out, lse) = forward_joined(&qkv, &plan);
     match JoinedBackward
         .prepare::<C>([node])
         .compute_bound()
         .stateful()
     {
-        OpsKind::Tracked(prepared) => prepared.finish(state, out),
-        OpsKind::UnTracked(prepared) => {
-            drop(state);
-            prepared.finish(out)
+        OpsKind::Tracked(prepared) => {
+            let rotated = time(Part::Attention, || {
+                RotatedRows::new(&plan.attention, &plan.rope, floats(&qkv))
+            });
+            let state = JoinedState {
+                rows: match rotated {
+                    Some(rows) => JoinedRows::Rotated(Arc::new(rows)),
+                    None => JoinedRows::Whole(qkv),
+                },
+                out: out.clone(),
+                lse: lse.into(),
+                plan,
+            };
+            prepared.finish(state, out)
         }
+        OpsKind::UnTracked(prepared) => prepared.finish(out),
     }
 }
 
@@ -179,7 +192,7 @@ impl Backward<Flex, 1> for JoinedBackward {
         let [node] = ops.parents;
         let Some(node) = node else { return };
         let JoinedState {
-            qkv,
+            rows,
             out,
             lse,
             plan,
@@ -188,15 +201,15 @@ impl Backward<Flex, 1> for JoinedBackward {
             out: floats(out),
             lse,
         };
-        let joined = time(Part::Attention, || {
-            rope_attention_backward(
-                &plan.attention,
-                &plan.rope,
-                floats(qkv),
-                saved,
-                floats(&dout),
-            )
+        let (attention, rope, dout) = (&plan.attention, &plan.rope, floats(&dout));
+        let gradient = time(Part::Attention, || match rows {
+            JoinedRows::Whole(qkv) => {
+                rope_attention_backward(attention, rope, floats(qkv), saved, dout)
+            }
+            JoinedRows::Rotated(rows) => rows.backward(attention, rope, saved, dout),
         });
-        grads.register::<Flex>(node.id, from_values(joined, dims(qkv)));
+        let tokens = attention.tokens();
+        let shape = [tokens, gradient.len() / tokens.max(1)];
+        grads.register::<Flex>(node.id, from_values(gradient, shape));
     }
 }
