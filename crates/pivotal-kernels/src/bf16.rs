@@ -7,7 +7,7 @@
 //! of rows, columns and threads.
 
 use std::arch::x86_64::{
-    __m512bh, __m512i, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_mask_storeu_ps,
+    __m512bh, __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_mask_storeu_ps,
     _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_setzero_ps,
 };
 
@@ -43,6 +43,23 @@ pub(crate) struct Tile {
     pub(crate) add: bool,
 }
 
+/// What is asked for while a tile is computed: `lines` cache lines for each pair, one after the other.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead {
+    pub(crate) from: *const u32,
+    pub(crate) lines: usize,
+}
+
+impl Ahead {
+    pub(crate) const NOTHING: Self = Self {
+        from: std::ptr::null(),
+        lines: 0,
+    };
+}
+
+/// Words of a cache line.
+pub(crate) const LINE: usize = 16;
+
 /// `R` rows times 48 columns over `pairs` pairs.
 ///
 /// # Safety
@@ -53,9 +70,15 @@ unsafe fn multiply_tile<const R: usize>(
     right: *const u32,
     pairs: usize,
     tile: Tile,
+    ahead: Ahead,
 ) {
     let mut sums = [[_mm512_setzero_ps(); 3]; R];
     for pair in 0..pairs {
+        for line in 0..ahead.lines {
+            let at = ahead.from.wrapping_add((pair * ahead.lines + line) * LINE);
+            // It may be nobody's memory: that is no fault.
+            _mm_prefetch::<_MM_HINT_T1>(at.cast());
+        }
         // SAFETY: pair < pairs, so the three vectors and `R` words lie inside the panels.
         unsafe {
             let right = right.add(pair * COLUMNS);
@@ -98,18 +121,19 @@ pub(crate) unsafe fn multiply_rows(
     right: *const u32,
     pairs: usize,
     tile: Tile,
+    ahead: Ahead,
 ) {
     // SAFETY: passed on to the caller.
     unsafe {
         match rows {
-            1 => multiply_tile::<1>(left, right, pairs, tile),
-            2 => multiply_tile::<2>(left, right, pairs, tile),
-            3 => multiply_tile::<3>(left, right, pairs, tile),
-            4 => multiply_tile::<4>(left, right, pairs, tile),
-            5 => multiply_tile::<5>(left, right, pairs, tile),
-            6 => multiply_tile::<6>(left, right, pairs, tile),
-            7 => multiply_tile::<7>(left, right, pairs, tile),
-            _ => multiply_tile::<8>(left, right, pairs, tile),
+            1 => multiply_tile::<1>(left, right, pairs, tile, ahead),
+            2 => multiply_tile::<2>(left, right, pairs, tile, ahead),
+            3 => multiply_tile::<3>(left, right, pairs, tile, ahead),
+            4 => multiply_tile::<4>(left, right, pairs, tile, ahead),
+            5 => multiply_tile::<5>(left, right, pairs, tile, ahead),
+            6 => multiply_tile::<6>(left, right, pairs, tile, ahead),
+            7 => multiply_tile::<7>(left, right, pairs, tile, ahead),
+            _ => multiply_tile::<8>(left, right, pairs, tile, ahead),
         }
     }
 }
@@ -174,7 +198,7 @@ pub(crate) fn multiply_packed(
                                 .add((row * padded) + start * ROWS);
                             let right = right.as_ptr().cast::<u32>();
                             let right = right.add(column * padded + start * COLUMNS);
-                            multiply_rows(ROWS.min(m - row), left, right, depth, tile);
+                            multiply_rows(ROWS.min(m - row), left, right, depth, tile, Ahead::NOTHING);
                         }
                     }
                 }

@@ -1,12 +1,12 @@
 //! Products of 1 to 64 rows with a weight packed in bf16 panels: a step of decoding.
 //!
 //! At such sizes reading the weight takes about as long as multiplying by it, so every panel is read from memory once: all
-//! rows are multiplied by it while it is in the second-level cache. The products of a layer are small, so the tasks are too:
+//! rows are multiplied by it while it is in the second-level cache, and the next one is asked for meanwhile. The products of a layer are small, so the tasks are too:
 //! two threads must end together.
 //!
 //! The sums are those of [`multiply_packed`](crate::bf16::multiply_packed), bit for bit.
 
-use crate::bf16::{BLOCK_PAIRS, Tile, available, multiply_packed, multiply_rows};
+use crate::bf16::{Ahead, BLOCK_PAIRS, LINE, Tile, available, multiply_packed, multiply_rows};
 use crate::matmul::{ProductShape, Store};
 use crate::panels::{COLUMNS, ROWS, left_words, packed_words, padded_pairs};
 use crate::parallel::{SharedOut, for_each_block};
@@ -44,7 +44,11 @@ pub(crate) fn multiply_few(
     for_each_block(n.div_ceil(COLUMNS), block, m * n * k / 2, |panels| {
         for panel in panels {
             let column = panel * COLUMNS;
+            let mut lines_before = 0usize;
             for row in (0..m).step_by(ROWS) {
+                // The next panel's three lines a pair, spread over the passes over this one.
+                let passes_left = (m - row).div_ceil(ROWS);
+                let lines = (3 - lines_before).div_ceil(passes_left);
                 for start in (0..pairs.max(1)).step_by(BLOCK_PAIRS) {
                     let depth = BLOCK_PAIRS.min(pairs - start);
                     // SAFETY: the features and the panels' lengths were asserted above; the tile lies inside `out`, and this
@@ -59,10 +63,16 @@ pub(crate) fn multiply_few(
                         let left = left.as_ptr().cast::<u32>();
                         let left = left.add(row * padded + start * ROWS);
                         let right = right.as_ptr().cast::<u32>();
+                        let next = right.wrapping_add((column + COLUMNS) * padded);
+                        let ahead = Ahead {
+                            from: next.wrapping_add((lines_before * pairs + start * lines) * LINE),
+                            lines,
+                        };
                         let right = right.add(column * padded + start * COLUMNS);
-                        multiply_rows(ROWS.min(m - row), left, right, depth, tile);
+                        multiply_rows(ROWS.min(m - row), left, right, depth, tile, ahead);
                     }
                 }
+                lines_before += lines;
             }
         }
     });
