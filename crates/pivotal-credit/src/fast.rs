@@ -6,7 +6,6 @@ use std::ops::Range;
 use pivotal_core::Sign;
 
 use self::dense::{DENSE, Decision, WINDOW, WORD, Word, bits, kept_of_word, write_bits};
-use crate::score::sum_of_first;
 use crate::{Between, Neutral, SchmittTrigger, Score, agree};
 
 mod dense;
@@ -185,19 +184,15 @@ fn close(
     decision: Decision,
     keep: &mut [bool],
 ) -> bool {
-    let (start, len) = (segment.start, segment.len());
-    match (score, signal[start..].first_chunk::<8>()) {
-        (Score::Mean | Score::Sum | Score::Last, Some(window)) if (1..=8).contains(&len) => {
-            let value = match score {
-                Score::Mean => (sum_of_first(len, window) / len as f64) as f32,
-                Score::Sum => sum_of_first(len, window) as f32,
-                _ => window[len - 1],
-            };
+    let start = segment.start;
+    let window = signal[start..].first_chunk();
+    match window.and_then(|window| score.of_first(segment.len(), window)) {
+        Some(value) => {
             let kept = decision.of(value);
             keep[start..start + 8].copy_from_slice(&[kept; 8]);
             kept
         }
-        _ => {
+        None => {
             let kept = decision.of(score.of(&signal[segment.clone()]));
             keep[segment].fill(kept);
             kept

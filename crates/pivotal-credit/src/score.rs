@@ -43,6 +43,20 @@ impl Score {
             }),
         }
     }
+
+    /// [`Score::of`] the first `len` of a window, bit for bit, where that is known without a loop over them.
+    #[inline]
+    pub(crate) fn of_first(self, len: usize, window: &[f32; 8]) -> Option<f32> {
+        if !(1..=8).contains(&len) {
+            return None;
+        }
+        match self {
+            Self::Mean => Some((sum_of_first(len, window) / len as f64) as f32),
+            Self::Sum => Some(sum_of_first(len, window) as f32),
+            Self::Last => Some(window[len - 1]),
+            Self::MaxAbs => None,
+        }
+    }
 }
 
 /// The sum in f64, in an order fixed by the length.
@@ -58,7 +72,11 @@ fn sum(signal: &[f32]) -> f64 {
             *lane += f64::from(reward);
         }
     }
-    for (lane, &reward) in lanes.iter_mut().zip(rest) {
+    // Zeros change no lane. To add only what is there, a loop over the lanes would store through masks, which some processors take
+    // a hundred cycles for.
+    let mut last = [0.0; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    for (lane, reward) in lanes.iter_mut().zip(last) {
         *lane += f64::from(reward);
     }
     sum_lanes(lanes)
@@ -72,7 +90,7 @@ fn sum_lanes(lanes: [f64; 8]) -> f64 {
 
 /// [`sum`] of the first `len` of eight elements, `len` at most 8, without a branch on it.
 #[inline]
-pub(crate) fn sum_of_first(len: usize, window: &[f32; 8]) -> f64 {
+fn sum_of_first(len: usize, window: &[f32; 8]) -> f64 {
     let mask = &FIRST[len];
     let lane = |lane: usize| f64::from(f32::from_bits(window[lane].to_bits() & mask[lane]));
     if len <= 4 {

@@ -7,8 +7,9 @@
 //! of rows, columns and threads.
 
 use std::arch::x86_64::{
-    __m512bh, __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_mask_storeu_ps,
-    _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_setzero_ps,
+    __m512bh, __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_add_ps, _mm512_dpbf16_ps,
+    _mm512_loadu_si512, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_epi32,
+    _mm512_setzero_ps,
 };
 
 use crate::group::{Job, Segment, multiply_jobs};
@@ -198,7 +199,14 @@ pub(crate) fn multiply_packed(
                                 .add((row * padded) + start * ROWS);
                             let right = right.as_ptr().cast::<u32>();
                             let right = right.add(column * padded + start * COLUMNS);
-                            multiply_rows(ROWS.min(m - row), left, right, depth, tile, Ahead::NOTHING);
+                            multiply_rows(
+                                ROWS.min(m - row),
+                                left,
+                                right,
+                                depth,
+                                tile,
+                                Ahead::NOTHING,
+                            );
                         }
                     }
                 }

@@ -94,13 +94,14 @@ fn long_segments(word: Word<'_>, mut open: u64, score: Score, decision: Decision
         let start = open.trailing_zeros();
         open &= open - 1;
         let len = (word.starts >> start >> 1).trailing_zeros() + 1;
-        let segment = &word.signal[start as usize..(start + len) as usize];
-        let all = (1_u64 << len) - 1;
-        kept |= if decision.of(score.of(segment)) {
-            all << start
-        } else {
-            0
+        let rest = &word.signal[start as usize..];
+        let window = rest.first_chunk();
+        let value = match window.and_then(|window| score.of_first(len as usize, window)) {
+            Some(value) => value,
+            None => score.of(&rest[..len as usize]),
         };
+        let all = (1_u64 << len) - 1;
+        kept |= if decision.of(value) { all << start } else { 0 };
     }
     kept
 }
