@@ -3,8 +3,9 @@
 use crate::attention::{AttentionInput, attention};
 use crate::attention_backward::{AttentionSaved, attention_backward};
 use crate::matmul::Precision;
+use crate::parallel::{SharedOut, for_each_block, rows_per_block, zeros};
 #[cfg(target_arch = "x86_64")]
-use crate::parallel::{SharedOut, for_each_block, rows_per_block, with_scratch, written, zeros};
+use crate::parallel::{with_scratch, written};
 use crate::plan::AttentionPlan;
 use crate::rope::RopeTable;
 use crate::rounded::RoundedFloats;
@@ -159,52 +160,48 @@ impl RotatedRows {
         dout: &[f32],
     ) -> Vec<f32> {
         saved.check(plan, dout);
-        #[cfg(target_arch = "x86_64")]
-        {
-            let (shape, tokens) = (plan.shape(), plan.tokens());
-            let (queries, keys) = (shape.query_width(), shape.key_width());
-            let width = queries + 2 * keys;
-            // The kernels scale queries before they round them: what is on the grid of bf16 comes back to where it was.
-            let unscale = |q: &mut [f32]| q.iter_mut().for_each(|q| *q *= 1.0 / shape.scale());
-            let by_rows = |body: &(dyn Fn(usize) + Sync)| {
-                for_each_block(tokens, rows_per_block(width), tokens * width, |block| {
-                    block.for_each(body);
-                });
-            };
-            if crate::attention_amx_rows::takes(plan) {
-                return with_scratch(tokens * width, |joined| {
-                    let target = SharedOut::new(joined);
-                    by_rows(&|token| {
-                        // SAFETY: row `token` is this task's own.
-                        let row = unsafe { target.slice(token * width, width) };
-                        self.0.read(token * width, row);
-                        unscale(&mut row[..queries]);
-                    });
-                    let source = crate::attention_amx_rows::Source::joined(shape, None, joined);
-                    backward_amx(plan, rope, source, saved, dout)
-                });
-            }
-            let mut parts = [queries, keys, keys].map(|width| zeros(tokens * width));
-            let [q, k, v] = parts.each_mut().map(|part| SharedOut::new(part));
-            by_rows(&|token| {
-                // SAFETY: row `token` of each part is this task's own.
-                let [q, k, v] = unsafe {
-                    [
-                        q.slice(token * queries, queries),
-                        k.slice(token * keys, keys),
-                        v.slice(token * keys, keys),
-                    ]
-                };
-                let first = token * width;
-                self.0.read(first, q);
-                unscale(q);
-                self.0.read(first + queries, k);
-                self.0.read(first + queries + keys, v);
+        let (shape, tokens) = (plan.shape(), plan.tokens());
+        let (queries, keys) = (shape.query_width(), shape.key_width());
+        let width = queries + 2 * keys;
+        // The kernels scale queries before they round them: what is on the grid of bf16 comes back to where it was.
+        let unscale = |q: &mut [f32]| q.iter_mut().for_each(|q| *q *= 1.0 / shape.scale());
+        let by_rows = |body: &(dyn Fn(usize) + Sync)| {
+            for_each_block(tokens, rows_per_block(width), tokens * width, |block| {
+                block.for_each(body);
             });
-            backward_apart(plan, rope, parts, saved, dout)
+        };
+        #[cfg(target_arch = "x86_64")]
+        if crate::attention_amx_rows::takes(plan) {
+            return with_scratch(tokens * width, |joined| {
+                let target = SharedOut::new(joined);
+                by_rows(&|token| {
+                    // SAFETY: row `token` is this task's own.
+                    let row = unsafe { target.slice(token * width, width) };
+                    self.0.read(token * width, row);
+                    unscale(&mut row[..queries]);
+                });
+                let source = crate::attention_amx_rows::Source::joined(shape, None, joined);
+                backward_amx(plan, rope, source, saved, dout)
+            });
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        unreachable!("no processor here rounds operands to bf16")
+        let mut parts = [queries, keys, keys].map(|width| zeros(tokens * width));
+        let [q, k, v] = parts.each_mut().map(|part| SharedOut::new(part));
+        by_rows(&|token| {
+            // SAFETY: row `token` of each part is this task's own.
+            let [q, k, v] = unsafe {
+                [
+                    q.slice(token * queries, queries),
+                    k.slice(token * keys, keys),
+                    v.slice(token * keys, keys),
+                ]
+            };
+            let first = token * width;
+            self.0.read(first, q);
+            unscale(q);
+            self.0.read(first + queries, k);
+            self.0.read(first + queries + keys, v);
+        });
+        backward_apart(plan, rope, parts, saved, dout)
     }
 }
 

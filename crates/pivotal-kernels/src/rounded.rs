@@ -2,8 +2,9 @@
 
 #[cfg(target_arch = "x86_64")]
 use crate::bf16::available;
+use crate::parallel::{SharedOut, for_each_block, with_scratch};
 #[cfg(target_arch = "x86_64")]
-use crate::parallel::{SharedOut, for_each_block, rows_per_block, with_scratch, written};
+use crate::parallel::{rows_per_block, written};
 
 /// Floats rounded to bf16, in half the room.
 #[derive(Clone, Debug)]
@@ -14,7 +15,6 @@ pub struct RoundedFloats {
 }
 
 /// Floats that a thread rounds or widens at a time.
-#[cfg(target_arch = "x86_64")]
 const BLOCK: usize = 1 << 14;
 
 impl RoundedFloats {
@@ -84,32 +84,38 @@ impl RoundedFloats {
     }
 
     /// Widens those from `first` on, an even number, into `values`, on this thread.
-    #[cfg(target_arch = "x86_64")]
     pub(crate) fn read(&self, first: usize, values: &mut [f32]) {
         assert!(first.is_multiple_of(2) && first + values.len() <= self.len);
-        let from = self.words[first / 2..].as_ptr().cast();
+        let words = &self.words[first / 2..];
+        #[cfg(target_arch = "x86_64")]
         // SAFETY: the features were there when this was made, and so are the floats.
-        unsafe { widen(from, values) };
+        unsafe {
+            widen(words.as_ptr().cast(), values)
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        for (index, value) in values.iter_mut().enumerate() {
+            // The lower half of a word comes first, and a bf16 is the upper half of an f32.
+            let bits = words[index / 2].to_bits();
+            *value = f32::from_bits(if index % 2 == 0 {
+                bits << 16
+            } else {
+                bits & 0xffff_0000
+            });
+        }
     }
 
     /// Lends `body` the floats, widened with all threads into a buffer that this thread keeps between calls.
     pub fn with<T>(&self, body: impl FnOnce(&[f32]) -> T) -> T {
-        #[cfg(target_arch = "x86_64")]
-        {
-            with_scratch(self.len, |values| {
-                let target = SharedOut::new(values);
-                for_each_block(self.len, BLOCK, self.len, |block| {
-                    // SAFETY: a block's floats are its own.
-                    self.read(block.start, unsafe {
-                        target.slice(block.start, block.len())
-                    });
+        with_scratch(self.len, |values| {
+            let target = SharedOut::new(values);
+            for_each_block(self.len, BLOCK, self.len, |block| {
+                // SAFETY: a block's floats are its own.
+                self.read(block.start, unsafe {
+                    target.slice(block.start, block.len())
                 });
-                body(values)
-            })
-        }
-        // None is made on other processors.
-        #[cfg(not(target_arch = "x86_64"))]
-        body(&self.words[..self.len])
+            });
+            body(values)
+        })
     }
 }
 

@@ -10,8 +10,8 @@ thread_local! {
     static FORCED: Cell<Option<Processor>> = const { Cell::new(None) };
 }
 
-/// The most that this thread is inside [`on`] for; else what the environment's `PIVOTAL_TEST_PROCESSOR` (`portable`, `avx512`, `amx`)
-/// says for all tests.
+/// The most that this thread is inside [`on`] for, and no more than the environment's `PIVOTAL_TEST_PROCESSOR` (`portable`, `avx512`,
+/// `amx`) says for all tests.
 pub(crate) fn forced_processor() -> Option<Processor> {
     static ALL: LazyLock<Option<Processor>> =
         LazyLock::new(
@@ -22,7 +22,11 @@ pub(crate) fn forced_processor() -> Option<Processor> {
                 other => panic!("PIVOTAL_TEST_PROCESSOR is `{other}`"),
             },
         );
-    FORCED.get().or(*ALL)
+    // The second holds for every thread of the pool, so no test may go beyond it on its own.
+    match (FORCED.get(), *ALL) {
+        (Some(forced), Some(all)) => Some(forced.min(all)),
+        (forced, all) => forced.or(all),
+    }
 }
 
 /// Runs `body` as on a processor with no more than `most`. Kernels choose their path where they are called, or plans where they
