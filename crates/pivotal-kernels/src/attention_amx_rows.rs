@@ -98,7 +98,7 @@ impl<'a> Source<'a> {
         let (queries, keys) = (shape.query_width(), shape.key_width());
         let part = |first| Columns {
             values,
-            width: queries + 2 * keys,
+            width: shape.joined_width(),
             first,
         };
         Self {
@@ -480,7 +480,7 @@ impl<'a> Target<'a> {
         let (queries, keys) = (shape.query_width(), shape.key_width());
         let part = |first| Place {
             values,
-            width: queries + 2 * keys,
+            width: shape.joined_width(),
             first,
         };
         Self {

@@ -1,8 +1,8 @@
 //! Products of 1 to 64 rows with a weight packed in bf16 panels: a step of decoding.
 //!
 //! At such sizes reading the weight takes about as long as multiplying by it, so every panel is read from memory once: all
-//! rows are multiplied by it while it is in the second-level cache, and the next one is asked for meanwhile. The products of a layer are small, so the tasks are too:
-//! two threads must end together.
+//! rows are multiplied by it while it is in the second-level cache, and the next one is asked for meanwhile. The products of a
+//! layer are small, so the tasks are too: two threads must end together.
 //!
 //! The sums are those of [`multiply_packed`](crate::bf16::multiply_packed), bit for bit.
 

@@ -56,6 +56,12 @@ impl AttentionShape {
         self.kv_heads * self.head_dim
     }
 
+    /// Length of a row of query, key and value.
+    #[must_use]
+    pub fn joined_width(&self) -> usize {
+        self.query_width() + 2 * self.key_width()
+    }
+
     pub(crate) fn scale(&self) -> f32 {
         1.0 / (self.head_dim as f32).sqrt()
     }

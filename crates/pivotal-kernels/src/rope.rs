@@ -140,7 +140,7 @@ impl RopeTable {
         for (part, width) in parts.into_iter().zip([queries, keys, keys]) {
             check_len("a part", part, self.tokens * width);
         }
-        let width = queries + 2 * keys;
+        let width = shape.joined_width();
         let [q, k, v] = parts;
         let body = |joined: SharedOut| {
             let work = 3 * self.tokens * width;
@@ -167,7 +167,7 @@ impl RopeTable {
             "heads of {} are not the table's",
             shape.head_dim
         );
-        let width = shape.query_width() + 2 * shape.key_width();
+        let width = shape.joined_width();
         check_len("joined", joined, self.tokens * width);
         width
     }

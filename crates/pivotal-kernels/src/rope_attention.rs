@@ -100,7 +100,7 @@ fn backward_amx(
 ) -> Vec<f32> {
     use crate::attention_amx_rows::Target;
     let shape = plan.shape();
-    let width = shape.query_width() + 2 * shape.key_width();
+    let width = shape.joined_width();
     // SAFETY: tokens are in a span or in a gap, and each is written: as a query, and as one of its family.
     unsafe {
         written(plan.tokens() * width, |gradient| {
@@ -132,7 +132,7 @@ impl RotatedRows {
             return None;
         }
         let (queries, keys) = (shape.query_width(), shape.key_width());
-        let width = queries + 2 * keys;
+        let width = shape.joined_width();
         let rows = RoundedFloats::of_rows(plan.tokens(), width, |token, row| {
             let from = &joined[token * width..][..width];
             rope.turn(
@@ -162,7 +162,7 @@ impl RotatedRows {
         saved.check(plan, dout);
         let (shape, tokens) = (plan.shape(), plan.tokens());
         let (queries, keys) = (shape.query_width(), shape.key_width());
-        let width = queries + 2 * keys;
+        let width = shape.joined_width();
         // The kernels scale queries before they round them: what is on the grid of bf16 comes back to where it was.
         let unscale = |q: &mut [f32]| q.iter_mut().for_each(|q| *q *= 1.0 / shape.scale());
         let by_rows = |body: &(dyn Fn(usize) + Sync)| {

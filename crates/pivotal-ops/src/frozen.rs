@@ -309,7 +309,8 @@ impl FrozenLinears {
     /// `hidden` `[rows, in]`, `targets` `[rows]`; returns `[rows]`, in nats.
     ///
     /// # Panics
-    /// If the shapes do not fit, a target is not below the layer's outputs, or this is not one plain layer without bias, its weight a tensor.
+    /// If the shapes do not fit, a target is not below the layer's outputs, or this is not one plain layer without bias whose
+    /// weight is a tensor.
     pub fn token_logps(
         &self,
         hidden: Tensor<2>,

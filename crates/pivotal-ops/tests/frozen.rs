@@ -312,17 +312,20 @@ fn joined_attention_agrees() {
         )
         .unwrap();
         let (width, key_width) = (8 * heads, 8 * kv_heads);
-        assert_agrees(
-            &format!("{heads} {kv_heads}"),
-            &[matrix(1, 136, width + 2 * key_width)],
-            &|i| rope_attention_joined(i[0].clone(), &layout),
-            &|i| {
-                let part = |first, width| i[0].clone().narrow(1, first, width);
-                let (q, k) = (part(0, width), part(width, key_width));
-                portable::rope_attention(q, k, part(width + key_width, key_width), &layout)
-            },
-            TOLERANCE,
-        );
+        for (precision, tolerance) in PRECISIONS {
+            let layout = layout.clone().with_precision(precision);
+            assert_agrees(
+                &format!("{heads} {kv_heads} {precision:?}"),
+                &[matrix(1, 136, width + 2 * key_width)],
+                &|i| rope_attention_joined(i[0].clone(), &layout),
+                &|i| {
+                    let part = |first, width| i[0].clone().narrow(1, first, width);
+                    let (q, k) = (part(0, width), part(width, key_width));
+                    portable::rope_attention(q, k, part(width + key_width, key_width), &layout)
+                },
+                tolerance,
+            );
+        }
     }
 }
 

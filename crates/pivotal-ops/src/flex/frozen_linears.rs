@@ -143,7 +143,7 @@ fn kept(x: FlexTensor, job: &FrozenJob) -> Kept {
         Prologue::Normed { .. } => job.precision,
         Prologue::Plain | Prologue::Gated => Precision::F32,
     };
-    Kept::new(x, precision)
+    time(Part::Linear, || Kept::new(x, precision))
 }
 
 /// The wanted gradients of `x`, `a` and `b`.

@@ -101,7 +101,7 @@ fn state(
     job: Arc<MlpJob>,
 ) -> State {
     State {
-        x: Kept::new(x, job.down.precision),
+        x: time(Part::Mlp, || Kept::new(x, job.down.precision)),
         saved: Arc::new(saved.expect("a tracked operation has a tracked parent")),
         updates,
         job,
@@ -126,9 +126,8 @@ fn gradients(state: &State, dy: &FlexTensor, wanted: [bool; 5]) -> [Option<FlexT
         down_a,
         down_b,
     } = with_mlp(state.updates.as_ref(), &state.job, |mlp| {
-        state
-            .x
-            .with(|x| mlp.backward(x, &state.saved, floats(dy), rows, wanted))
+        let x = &state.x;
+        x.with(|x| mlp.backward(x, &state.saved, floats(dy), rows, wanted))
     });
     let [gate_up, down] = [0, 1].map(|group| state.updates.as_ref().map(|updates| &updates[group]));
     [

@@ -208,8 +208,7 @@ impl Backward<Flex, 1> for JoinedBackward {
             }
             JoinedRows::Rotated(rows) => rows.backward(attention, rope, saved, dout),
         });
-        let tokens = attention.tokens();
-        let shape = [tokens, gradient.len() / tokens.max(1)];
+        let shape = [attention.tokens(), attention.shape().joined_width()];
         grads.register::<Flex>(node.id, from_values(gradient, shape));
     }
 }
