@@ -5,6 +5,8 @@
 
 #[cfg(target_arch = "x86_64")]
 use crate::key_values_avx512;
+use std::ops::Range;
+
 use crate::lanes::{LANES, Lanes, exp_shifted, maximum, sum};
 use crate::matmul::Precision;
 #[cfg(target_arch = "x86_64")]
@@ -12,6 +14,7 @@ use crate::matmul::bf16_available;
 use crate::parallel::{SharedOut, check_len, for_each_block, with_scratch};
 use crate::plan::AttentionShape;
 use crate::processor::{Processor, processor};
+use crate::rope::RopeTable;
 
 /// Positions of a block.
 pub(crate) const BLOCK: usize = 16;
@@ -19,11 +22,15 @@ pub(crate) const BLOCK: usize = 16;
 const VECTORS: usize = BLOCK / LANES;
 /// Queries multiplied together: their sums are half of the 16 AVX registers.
 const QUERIES: usize = 4;
+/// Runs for each thread at which a task has all heads of a run: enough that threads end together.
+const RUNS_A_THREAD: usize = 4;
+/// Multiply-adds that an element costs about as much as, when a row goes to a cache: keys are scattered.
+const APPEND_COST: usize = 8;
 /// Samples of one prompt in a task.
 const TASK_SEQUENCES: usize = 8;
 
 /// Keys and values of some positions, in the layout [`attend_step`] wants.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct KeyValues {
     kv_heads: usize,
     head_dim: usize,
@@ -31,7 +38,7 @@ pub struct KeyValues {
     stored: Stored,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 enum Stored {
     F32(Laid<f32>),
     /// Rounded, which halves what a step reads. Only where there is AVX-512, which widens them on the way.
@@ -39,7 +46,7 @@ enum Stored {
     Bf16(Laid<Bf16>),
 }
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 struct Laid<T> {
     /// `[blocks, kv_heads, head_dim, 16]`; positions not yet there are zero.
     keys: Vec<T>,
@@ -194,6 +201,16 @@ impl KeyValues {
         self.tokens += keys.len() / width;
     }
 
+    #[track_caller]
+    fn check(&self, shape: AttentionShape) {
+        assert!(
+            self.sizes() == [shape.kv_heads, shape.head_dim],
+            "a cache of {} heads of {} does not fit {shape:?}",
+            self.kv_heads,
+            self.head_dim
+        );
+    }
+
     fn sizes(&self) -> [usize; 2] {
         [self.kv_heads, self.head_dim]
     }
@@ -204,6 +221,62 @@ impl KeyValues {
 
     fn blocks(&self) -> usize {
         self.tokens.div_ceil(BLOCK)
+    }
+}
+
+/// Takes rows of query, key and value apart, one row a sequence: the query goes to `q`, rotated; the key, rotated, and the value
+/// become the last position of that sequence's cache.
+///
+/// # Shapes
+/// `joined` is `[sequences, (heads + 2 * kv_heads) * head_dim]`, `q` is `[sequences, heads * head_dim]`; `rope` has a token a
+/// sequence.
+///
+/// # Panics
+/// If lengths or the caches do not fit the shape.
+pub fn append_step(
+    rope: &RopeTable,
+    shape: AttentionShape,
+    joined: &[f32],
+    caches: &mut [&mut KeyValues],
+    q: &mut [f32],
+) {
+    let (queries, keys) = (shape.query_width(), shape.key_width());
+    let width = rope.joined_width(joined, shape);
+    let sequences = caches.len();
+    check_len("joined", joined, sequences * width);
+    check_len("q", q, sequences * queries);
+    caches.iter().for_each(|cache| cache.check(shape));
+    let (q, caches) = (SharedOut::new(q), SharedCaches(caches.as_mut_ptr().cast()));
+    for_each_block(sequences, 1, APPEND_COST * joined.len(), |block| {
+        for sequence in block {
+            let (query, rest) = joined[sequence * width..][..width].split_at(queries);
+            let (key, value) = rest.split_at(keys);
+            // SAFETY: row `sequence` of `q` and the cache of that index are this block's own.
+            let (q, cache) = unsafe { (q.slice(sequence * queries, queries), caches.at(sequence)) };
+            rope.turn(sequence, query, q, 1.0);
+            with_scratch(keys, |turned| {
+                rope.turn(sequence, key, turned, 1.0);
+                cache.extend(turned, value);
+            });
+        }
+    });
+}
+
+/// Caches that several tasks append to, each to its own.
+#[derive(Clone, Copy)]
+struct SharedCaches(*mut *mut KeyValues);
+
+// SAFETY: the pointers come from exclusive borrows that outlive the parallel call, and every task takes other ones.
+unsafe impl Send for SharedCaches {}
+// SAFETY: as above; sharing the wrapper only copies the address.
+unsafe impl Sync for SharedCaches {}
+
+impl SharedCaches {
+    /// # Safety
+    /// There are more than `index`, and no other task has this one meanwhile.
+    unsafe fn at<'a>(self, index: usize) -> &'a mut KeyValues {
+        // SAFETY: the caller's promise.
+        unsafe { &mut **self.0.add(index) }
     }
 }
 
@@ -240,12 +313,7 @@ pub fn attend_step(
     check_len("q", q, contexts.len() * shape.query_width());
     check_len("out", out, contexts.len() * shape.query_width());
     for cache in contexts.iter().flat_map(|c| [c.prefix, c.own]) {
-        assert!(
-            (cache.kv_heads, cache.head_dim) == (shape.kv_heads, shape.head_dim),
-            "a cache of {} heads of {} does not fit {shape:?}",
-            cache.kv_heads,
-            cache.head_dim
-        );
+        cache.check(shape);
     }
     let runs = runs(contexts);
     let wide = cfg!(target_arch = "x86_64") && processor() >= Processor::Avx512;
@@ -255,30 +323,33 @@ pub fn attend_step(
         .sum();
     let work = 2 * positions * shape.query_width();
     let target = SharedOut::new(out);
-    for_each_block(runs.len() * shape.kv_heads, 1, work, |tasks| {
+    // All heads in one task read a cache from end to end, as memory likes it.
+    let heads = match runs.len() >= RUNS_A_THREAD * rayon::current_num_threads() {
+        true => shape.kv_heads,
+        false => 1,
+    };
+    let parts = shape.kv_heads / heads;
+    for_each_block(runs.len() * parts, 1, work, |tasks| {
         for task in tasks {
-            let (run, head) = (runs[task / shape.kv_heads].clone(), task % shape.kv_heads);
+            let (run, part) = (runs[task / parts].clone(), task % parts);
+            let heads = part * heads..(part + 1) * heads;
             let width = shape.group() * shape.head_dim;
-            let at = |sequence: usize| sequence * shape.query_width() + head * width;
-            let rows: Vec<&[f32]> = run
-                .clone()
-                .flat_map(|sequence| q[at(sequence)..][..width].chunks_exact(shape.head_dim))
-                .collect();
-            attend_run(
-                shape,
-                &rows,
-                &contexts[run.clone()],
-                head,
-                wide,
-                |row, sums| {
-                    let member = row % shape.group() * shape.head_dim;
-                    // SAFETY: this task alone has this head of this sequence.
-                    let out = unsafe {
-                        target.slice(at(run.start + row / shape.group()) + member, shape.head_dim)
-                    };
-                    out.copy_from_slice(&sums[..shape.head_dim]);
-                },
-            );
+            let at = |sequence: usize, head: usize| sequence * shape.query_width() + head * width;
+            let mut queries: Vec<&[f32]> =
+                Vec::with_capacity(heads.len() * run.len() * shape.group());
+            for head in heads.clone() {
+                for sequence in run.clone() {
+                    queries.extend(q[at(sequence, head)..][..width].chunks_exact(shape.head_dim));
+                }
+            }
+            let contexts = &contexts[run.clone()];
+            attend_run(shape, &queries, contexts, heads, wide, |head, row, sums| {
+                let member = row % shape.group() * shape.head_dim;
+                let sequence = run.start + row / shape.group();
+                // SAFETY: this task alone has this head of this sequence.
+                let out = unsafe { target.slice(at(sequence, head) + member, shape.head_dim) };
+                out.copy_from_slice(&sums[..shape.head_dim]);
+            });
         }
     });
 }
@@ -299,60 +370,76 @@ fn runs(contexts: &[StepContext<'_>]) -> Vec<std::ops::Range<usize>> {
     runs
 }
 
-/// All queries of one key-value head of sequences that share a prefix; `write` gets each query's index and result.
+/// Some heads' tables, one after the other: `rows` rows of `width` floats for each.
+struct Tables<'a> {
+    heads: Range<usize>,
+    values: &'a mut [f32],
+    rows: usize,
+    width: usize,
+}
+
+impl Tables<'_> {
+    /// Rows `rows` of each head, and which head it is.
+    fn each(&mut self, rows: &Range<usize>) -> impl Iterator<Item = (usize, &mut [f32])> {
+        let (from, len) = (rows.start * self.width, rows.len() * self.width);
+        let tables = self
+            .values
+            .chunks_exact_mut((self.rows * self.width).max(1));
+        self.heads
+            .clone()
+            .zip(tables.map(move |table| &mut table[from..][..len]))
+    }
+}
+
+/// Heads `heads` of sequences that share a prefix. `queries` has them head by head; `write` gets a head, which of its queries it is,
+/// and the result.
 fn attend_run(
     shape: AttentionShape,
     queries: &[&[f32]],
     contexts: &[StepContext<'_>],
-    head: usize,
+    heads: Range<usize>,
     wide: bool,
-    mut write: impl FnMut(usize, &[f32]),
+    mut write: impl FnMut(usize, usize, &[f32]),
 ) {
     let (group, prefix) = (shape.group(), contexts[0].prefix);
     let own_blocks = contexts.iter().map(|c| c.own.blocks()).max().unwrap_or(0);
-    let stride = (prefix.blocks() + own_blocks) * BLOCK;
-    let padded = prefix.padded();
+    let (first, padded) = (prefix.blocks() * BLOCK, prefix.padded());
+    let stride = first + own_blocks * BLOCK;
+    let rows = contexts.len() * group;
     with_scratch(queries.len() * (stride + padded), |scratch| {
         let (scores, sums) = scratch.split_at_mut(queries.len() * stride);
-        score_all(prefix, head, queries, scores, stride, 0, wide);
         sums.fill(0.0);
-        for (member, context) in contexts.iter().enumerate() {
-            let rows = member * group..(member + 1) * group;
-            let scores = &mut scores[rows.start * stride..rows.end * stride];
-            let first = prefix.blocks() * BLOCK;
-            score_all(
-                context.own,
-                head,
-                &queries[rows],
-                scores,
-                stride,
-                first,
-                wide,
-            );
+        let table = |values, width| Tables {
+            heads: heads.clone(),
+            values,
+            rows,
+            width,
+        };
+        let (mut scores, mut sums) = (table(scores, stride), table(sums, padded));
+        let members = || {
+            let rows = |member: usize| member * group..(member + 1) * group;
+            (0..).map(rows).zip(contexts)
+        };
+        score_all(prefix, queries, &mut scores, &(0..rows), 0, wide);
+        for (rows, context) in members() {
+            score_all(context.own, queries, &mut scores, &rows, first, wide);
             let len = first + context.own.blocks() * BLOCK;
-            for row in scores.chunks_exact_mut(stride.max(1)) {
-                row[prefix.tokens..first].fill(f32::NEG_INFINITY);
-                row[first + context.own.tokens..].fill(f32::NEG_INFINITY);
-                soften(&mut row[..len], shape.scale());
+            for (_, scores) in scores.each(&rows) {
+                for row in scores.chunks_exact_mut(stride.max(1)) {
+                    row[prefix.tokens..first].fill(f32::NEG_INFINITY);
+                    row[first + context.own.tokens..].fill(f32::NEG_INFINITY);
+                    soften(&mut row[..len], shape.scale());
+                }
             }
         }
-        add_all(prefix, head, scores, stride, 0, sums, wide);
-        for (member, context) in contexts.iter().enumerate() {
-            let rows = member * group..(member + 1) * group;
-            let scores = &scores[rows.start * stride..rows.end * stride];
-            let sums = &mut sums[rows.start * padded..rows.end * padded];
-            add_all(
-                context.own,
-                head,
-                scores,
-                stride,
-                prefix.blocks() * BLOCK,
-                sums,
-                wide,
-            );
+        add_all(prefix, &mut scores, &mut sums, &(0..rows), 0, wide);
+        for (rows, context) in members() {
+            add_all(context.own, &mut scores, &mut sums, &rows, first, wide);
         }
-        for (row, sums) in sums.chunks_exact(padded).enumerate() {
-            write(row, sums);
+        for (head, sums) in sums.each(&(0..rows)) {
+            for (row, sums) in sums.chunks_exact(padded).enumerate() {
+                write(head, row, sums);
+            }
         }
     });
 }
@@ -374,40 +461,55 @@ fn soften(row: &mut [f32], scale: f32) {
     }
 }
 
-/// Puts the products of all queries with all keys of a head into `scores` `[queries, stride]` from `first` on.
+/// Puts the products of each head's queries `rows` with all its keys into those rows of `scores`, from column `first` on.
 fn score_all(
     cache: &KeyValues,
-    head: usize,
     queries: &[&[f32]],
-    scores: &mut [f32],
-    stride: usize,
+    scores: &mut Tables<'_>,
+    rows: &Range<usize>,
     first: usize,
-    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))] wide: bool,
+    wide: bool,
 ) {
+    let (each, stride) = (scores.rows, scores.width);
     for block in 0..cache.blocks() {
         let at = first + block * BLOCK;
-        let keys = match &cache.stored {
-            Stored::F32(laid) => laid.block(cache.sizes(), block, head).0,
-            #[cfg(target_arch = "x86_64")]
-            Stored::Bf16(laid) => {
-                let (keys, _) = laid.block(cache.sizes(), block, head);
-                key_values_avx512::score(queries, keys, scores, stride, at);
-                continue;
+        let tables = scores.each(rows);
+        for (queries, (head, scores)) in queries.chunks_exact(each.max(1)).zip(tables) {
+            let queries = &queries[rows.clone()];
+            match &cache.stored {
+                Stored::F32(laid) => {
+                    let (keys, _) = laid.block(cache.sizes(), block, head);
+                    score_f32(queries, keys, scores, stride, at, wide);
+                }
+                #[cfg(target_arch = "x86_64")]
+                Stored::Bf16(laid) => {
+                    let (keys, _) = laid.block(cache.sizes(), block, head);
+                    key_values_avx512::score(queries, keys, scores, stride, at);
+                }
             }
-        };
-        #[cfg(target_arch = "x86_64")]
-        if wide {
-            key_values_avx512::score(queries, keys, scores, stride, at);
-            continue;
         }
-        for (index, queries) in queries.chunks(QUERIES).enumerate() {
-            let scores = &mut scores[index * QUERIES * stride..];
-            match *queries {
-                [a, b, c, d] => score_block([a, b, c, d], keys, scores, stride, at),
-                [a, b, c] => score_block([a, b, c], keys, scores, stride, at),
-                [a, b] => score_block([a, b], keys, scores, stride, at),
-                _ => score_block([queries[0]], keys, scores, stride, at),
-            }
+    }
+}
+
+fn score_f32(
+    queries: &[&[f32]],
+    keys: &[f32],
+    scores: &mut [f32],
+    stride: usize,
+    at: usize,
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))] wide: bool,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if wide {
+        return key_values_avx512::score(queries, keys, scores, stride, at);
+    }
+    for (index, queries) in queries.chunks(QUERIES).enumerate() {
+        let scores = &mut scores[index * QUERIES * stride..];
+        match *queries {
+            [a, b, c, d] => score_block([a, b, c, d], keys, scores, stride, at),
+            [a, b, c] => score_block([a, b, c], keys, scores, stride, at),
+            [a, b] => score_block([a, b], keys, scores, stride, at),
+            _ => score_block([queries[0]], keys, scores, stride, at),
         }
     }
 }
@@ -437,45 +539,70 @@ fn score_block<const Q: usize>(
     }
 }
 
-/// Adds all values of a head, weighted by `weights` `[queries, stride]` from `first` on, to `sums` `[queries, padded]`.
+/// Adds each head's values, weighted by rows `rows` of `weights` from column `first` on, to those rows of `sums`.
 fn add_all(
     cache: &KeyValues,
-    head: usize,
-    weights: &[f32],
-    stride: usize,
+    weights: &mut Tables<'_>,
+    sums: &mut Tables<'_>,
+    rows: &Range<usize>,
     first: usize,
-    sums: &mut [f32],
-    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))] wide: bool,
+    wide: bool,
 ) {
-    let padded = cache.padded();
-    let queries = sums.len() / padded;
+    let (padded, stride) = (sums.width, weights.width);
     for block in 0..cache.blocks() {
         let tokens = BLOCK.min(cache.tokens - block * BLOCK);
-        let values = match &cache.stored {
-            Stored::F32(laid) => &laid.block(cache.sizes(), block, head).1[..tokens * padded],
-            #[cfg(target_arch = "x86_64")]
-            Stored::Bf16(laid) => {
-                let (_, values) = laid.block(cache.sizes(), block, head);
-                let weights = &weights[first + block * BLOCK..];
-                key_values_avx512::add(&values[..tokens * padded], weights, stride, sums, padded);
-                continue;
+        let at = first + block * BLOCK;
+        for ((head, weights), (_, sums)) in weights.each(rows).zip(sums.each(rows)) {
+            let weights = &weights[at..];
+            match &cache.stored {
+                Stored::F32(laid) => {
+                    let (_, values) = laid.block(cache.sizes(), block, head);
+                    add_f32(
+                        &values[..tokens * padded],
+                        weights,
+                        stride,
+                        sums,
+                        padded,
+                        wide,
+                    );
+                }
+                #[cfg(target_arch = "x86_64")]
+                Stored::Bf16(laid) => {
+                    let (_, values) = laid.block(cache.sizes(), block, head);
+                    key_values_avx512::add(
+                        &values[..tokens * padded],
+                        weights,
+                        stride,
+                        sums,
+                        padded,
+                    );
+                }
             }
-        };
-        #[cfg(target_arch = "x86_64")]
-        if wide {
-            let weights = &weights[first + block * BLOCK..];
-            key_values_avx512::add(values, weights, stride, sums, padded);
-            continue;
         }
-        for row in (0..queries).step_by(QUERIES) {
-            let sums = &mut sums[row * padded..];
-            let weights = &weights[row * stride + first + block * BLOCK..];
-            match queries - row {
-                1 => add_block::<1>(values, weights, stride, sums, padded),
-                2 => add_block::<2>(values, weights, stride, sums, padded),
-                3 => add_block::<3>(values, weights, stride, sums, padded),
-                _ => add_block::<4>(values, weights, stride, sums, padded),
-            }
+    }
+}
+
+fn add_f32(
+    values: &[f32],
+    weights: &[f32],
+    stride: usize,
+    sums: &mut [f32],
+    padded: usize,
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))] wide: bool,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if wide {
+        return key_values_avx512::add(values, weights, stride, sums, padded);
+    }
+    let queries = sums.len() / padded;
+    for row in (0..queries).step_by(QUERIES) {
+        let sums = &mut sums[row * padded..];
+        let weights = &weights[row * stride..];
+        match queries - row {
+            1 => add_block::<1>(values, weights, stride, sums, padded),
+            2 => add_block::<2>(values, weights, stride, sums, padded),
+            3 => add_block::<3>(values, weights, stride, sums, padded),
+            _ => add_block::<4>(values, weights, stride, sums, padded),
         }
     }
 }

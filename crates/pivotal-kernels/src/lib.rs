@@ -49,6 +49,7 @@ mod key_values;
 #[cfg(target_arch = "x86_64")]
 mod key_values_avx512;
 mod lanes;
+mod lasting;
 mod logps;
 mod matmul;
 mod norm;
@@ -64,6 +65,7 @@ mod rounded;
 mod rows;
 mod small;
 mod swiglu;
+mod team;
 #[cfg(test)]
 mod testing;
 mod vocabulary_kl;
@@ -78,7 +80,7 @@ pub use frozen::{
     Prologue,
 };
 pub use frozen_head::frozen_token_logps;
-pub use key_values::{KeyValues, StepContext, attend_step};
+pub use key_values::{KeyValues, StepContext, append_step, attend_step};
 pub use logps::{HeadShape, TokenLogps, token_logps_backward, token_logps_forward};
 pub use matmul::{Precision, ProductShape, Store, bf16_available, matmul_nn, matmul_nt, matmul_tn};
 pub use norm::{RmsNormGradients, rms_norm_backward, rms_norm_forward};
@@ -91,4 +93,5 @@ pub use rope_attention::{RotatedRows, rope_attention, rope_attention_backward};
 pub use rounded::RoundedFloats;
 pub use rows::{argmax, log_sum_exp};
 pub use swiglu::{swiglu_backward, swiglu_forward, swiglu_joined_backward, swiglu_joined_forward};
+pub use team::with_team;
 pub use vocabulary_kl::{HeadInput, VocabularyKl, vocabulary_kl_backward, vocabulary_kl_forward};

@@ -1,5 +1,6 @@
 //! A weight packed once for many products with few rows: decoding with a key-value cache.
 
+use crate::lasting::LastingFloats;
 use crate::matmul::{Precision, ProductShape, Store, bf16_available};
 use crate::parallel::check_len;
 use crate::small;
@@ -29,14 +30,15 @@ pub struct PackedWeight {
 #[derive(Clone, Debug)]
 enum Values {
     /// Row-major, as it came.
-    F32(Vec<f32>),
+    F32(LastingFloats),
     /// Panels of 48 outputs; a word, carried as an f32, is a pair of bf16.
     #[cfg(target_arch = "x86_64")]
-    Bf16(crate::parallel::AlignedFloats),
+    Bf16(LastingFloats),
 }
 
 impl PackedWeight {
-    /// Packs `weight`, `[outputs, inputs]`.
+    /// Packs `weight`, `[outputs, inputs]`, to be there about as long as others: small ones share large blocks of memory, freed
+    /// with the last of them.
     ///
     /// [`Precision::Bf16`] rounds it to bf16 where the processor can multiply that, and keeps f32 elsewhere.
     ///
@@ -44,6 +46,30 @@ impl PackedWeight {
     /// If `weight` does not have `outputs * inputs` elements.
     #[must_use]
     pub fn new(weight: &[f32], outputs: usize, inputs: usize, precision: Precision) -> Self {
+        Self::within(LastingFloats::zeroed, weight, outputs, inputs, precision)
+    }
+
+    /// [`PackedWeight::new`] for what is replaced before others are: it has its memory to itself.
+    ///
+    /// # Panics
+    /// If `weight` does not have `outputs * inputs` elements.
+    #[must_use]
+    pub fn replaceable(
+        weight: &[f32],
+        outputs: usize,
+        inputs: usize,
+        precision: Precision,
+    ) -> Self {
+        Self::within(LastingFloats::alone, weight, outputs, inputs, precision)
+    }
+
+    fn within(
+        zeroed: fn(usize) -> LastingFloats,
+        weight: &[f32],
+        outputs: usize,
+        inputs: usize,
+        precision: Precision,
+    ) -> Self {
         check_len("weight", weight, outputs * inputs);
         let values = match precision {
             #[cfg(target_arch = "x86_64")]
@@ -56,13 +82,15 @@ impl PackedWeight {
                     lines: outputs,
                     k: inputs,
                 };
-                let mut words = crate::parallel::AlignedFloats::zeroed(packed_words::<COLUMNS>(
-                    outputs, inputs,
-                ));
+                let mut words = zeroed(packed_words::<COLUMNS>(outputs, inputs));
                 pack::<COLUMNS>(source, words.as_mut_slice());
                 Values::Bf16(words)
             }
-            _ => Values::F32(weight.to_vec()),
+            _ => {
+                let mut values = zeroed(weight.len());
+                values.as_mut_slice().copy_from_slice(weight);
+                Values::F32(values)
+            }
         };
         Self {
             outputs,
@@ -101,7 +129,19 @@ impl PackedWeight {
     /// # Panics
     /// If a slice has another length.
     pub fn forward(&self, x: &[f32], rows: usize, out: &mut [f32]) {
-        self.product(x, rows, out, Store::Replace);
+        self.product(x, rows, out, Store::Replace, None);
+    }
+
+    /// [`PackedWeight::forward`] where `next` is the weight of the product after it: in a team ([`with_team`](crate::with_team)) its
+    /// first panels are on their way from memory when that product begins.
+    ///
+    /// # Shapes
+    /// `x` is `[rows, inputs]`, `out` is `[rows, outputs]`.
+    ///
+    /// # Panics
+    /// If a slice has another length.
+    pub fn forward_before(&self, next: &Self, x: &[f32], rows: usize, out: &mut [f32]) {
+        self.product(x, rows, out, Store::Replace, Some(next));
     }
 
     /// `out += x Wᵀ`, otherwise as [`PackedWeight::forward`].
@@ -112,10 +152,17 @@ impl PackedWeight {
     /// # Panics
     /// If a slice has another length.
     pub fn forward_add(&self, x: &[f32], rows: usize, out: &mut [f32]) {
-        self.product(x, rows, out, Store::Add);
+        self.product(x, rows, out, Store::Add, None);
     }
 
-    fn product(&self, x: &[f32], rows: usize, out: &mut [f32], store: Store) {
+    fn product(
+        &self,
+        x: &[f32],
+        rows: usize,
+        out: &mut [f32],
+        store: Store,
+        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))] next: Option<&Self>,
+    ) {
         check_len("x", x, rows * self.inputs);
         check_len("out", out, rows * self.outputs);
         let (n, k) = (self.outputs, self.inputs);
@@ -124,15 +171,23 @@ impl PackedWeight {
                 for first in (0..rows).step_by(BLOCK_ROWS) {
                     let m = BLOCK_ROWS.min(rows - first);
                     let (x, out) = (&x[first * k..][..m * k], &mut out[first * n..][..m * n]);
-                    small::few_rows_nt(x, weight, out, ProductShape { m, n, k }, store);
+                    small::few_rows_nt(x, weight.as_slice(), out, ProductShape { m, n, k }, store);
                 }
             }
             #[cfg(target_arch = "x86_64")]
             Values::Bf16(words) => {
                 use crate::bf16::multiply_packed;
-                use crate::few_rows::{MOST_ROWS, multiply_few};
+                use crate::few_rows::{MOST_ROWS, Next, multiply_few};
                 use crate::panels::{Source, left_words, pack_left};
                 let shape = ProductShape { m: rows, n, k };
+                let next = next.and_then(|next| match &next.values {
+                    Values::F32(_) => None,
+                    Values::Bf16(words) => Some(Next {
+                        words: words.as_slice(),
+                        columns: next.outputs,
+                        k: next.inputs,
+                    }),
+                });
                 let source = Source {
                     values: x,
                     line_stride: k,
@@ -144,7 +199,7 @@ impl PackedWeight {
                     pack_left(source, left);
                     let words = words.as_slice();
                     if rows <= MOST_ROWS {
-                        multiply_few(left, words, out, shape, store);
+                        multiply_few(left, words, out, shape, store, next);
                     } else {
                         multiply_packed(left, words, out, (n, 0), shape, store);
                     }

@@ -5,9 +5,13 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::team::{Hands, LastOf, hands};
+
 /// Scalar operations below which handing work to another thread costs more than it saves (a rayon join is a few
 /// microseconds; a core does about 10 such operations a nanosecond).
 pub(crate) const SERIAL_WORK: usize = 1 << 16;
+/// The same where the other threads are awake and waiting.
+const TEAM_SERIAL_WORK: usize = 1 << 16;
 
 /// Runs `body` over `0..count` in blocks of `block`, in parallel when `work` (about the number of multiply-adds) is worth it.
 /// The blocks are the same either way.
@@ -17,15 +21,29 @@ pub(crate) fn for_each_block(
     work: usize,
     body: impl Fn(Range<usize>) + Sync + Send,
 ) {
+    for_each_block_of_shares(count, block, work, |range, _| body(range));
+}
+
+/// [`for_each_block`] for bodies that want to know when a thread of a team has come to the last block of its share.
+pub(crate) fn for_each_block_of_shares(
+    count: usize,
+    block: usize,
+    work: usize,
+    body: impl Fn(Range<usize>, Option<LastOf>) + Sync + Send,
+) {
     let block = block.max(1);
     let blocks = count.div_ceil(block);
     let range = |index: usize| index * block..(index * block + block).min(count);
-    if blocks <= 1 || work < SERIAL_WORK {
-        (0..blocks).for_each(|index| body(range(index)));
-    } else {
-        (0..blocks)
+    let serial = || (0..blocks).for_each(|index| body(range(index), None));
+    match hands() {
+        _ if blocks <= 1 => serial(),
+        Hands::Own => serial(),
+        Hands::Team(_) if work < TEAM_SERIAL_WORK => serial(),
+        Hands::Team(team) => team.run(blocks, |index, last| body(range(index), last)),
+        Hands::Pool if work < SERIAL_WORK => serial(),
+        Hands::Pool => (0..blocks)
             .into_par_iter()
-            .for_each(|index| body(range(index)));
+            .for_each(|index| body(range(index), None)),
     }
 }
 
@@ -99,10 +117,10 @@ impl SharedOut {
 /// A cache line: vector loads from memory aligned to it never straddle two.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
-struct Line([f32; 16]);
+pub(crate) struct Line([f32; 16]);
 
 /// Floats aligned to a cache line.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub(crate) struct AlignedFloats {
     lines: Vec<Line>,
     len: usize,
@@ -117,13 +135,8 @@ impl AlignedFloats {
         }
     }
 
-    pub(crate) fn as_slice(&self) -> &[f32] {
-        // SAFETY: a `Line` is 16 floats without padding, and there are enough lines for `len` floats.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
-    }
-
     pub(crate) fn as_mut_slice(&mut self) -> &mut [f32] {
-        // SAFETY: as above, borrowed mutably.
+        // SAFETY: a `Line` is 16 floats without padding, and there are enough lines for `len` floats.
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
     }
 }
@@ -236,10 +249,10 @@ mod tests {
     fn aligned_floats_are_floats_and_aligned() {
         for len in [0, 1, 16, 17] {
             let mut floats = AlignedFloats::zeroed(len);
-            assert_eq!(floats.as_slice(), vec![0.0; len]);
+            assert_eq!(floats.as_mut_slice(), vec![0.0; len]);
             floats.as_mut_slice().fill(2.0);
-            assert_eq!(floats.clone().as_slice(), vec![2.0; len]);
-            assert_eq!(floats.as_slice().as_ptr().addr() % 64, 0);
+            assert_eq!(floats.as_mut_slice(), vec![2.0; len]);
+            assert_eq!(floats.as_mut_slice().as_ptr().addr() % 64, 0);
         }
     }
 

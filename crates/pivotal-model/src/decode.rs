@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use pivotal_kernels::{
-    AttentionInput, AttentionPlan, AttentionShape, KeyValues, Precision, RopeTable, Span,
-    StepContext, add_into, attend_step, attention_forward, rms_norm_forward, split_columns,
-    swiglu_joined_forward, with_scratch_parts,
+    AttentionInput, AttentionPlan, AttentionShape, KeyValues, PackedWeight, Precision, RopeTable,
+    Span, StepContext, add_into, append_step, attend_step, attention_forward, rms_norm_forward,
+    split_columns, swiglu_joined_forward, with_scratch_parts, with_team,
 };
 use rayon::prelude::*;
 
@@ -66,19 +66,16 @@ pub(crate) struct Scratch {
     normed: Vec<f32>,
     rstd: Vec<f32>,
     qkv: Vec<f32>,
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
     attended: Vec<f32>,
     low: Vec<f32>,
     pub(crate) logits: Vec<f32>,
 }
 
-/// Rotated queries and keys, and values, of some rows.
+/// Rows that are about to attend.
 struct Rows<'a> {
-    q: &'a [f32],
-    k: &'a [f32],
-    v: &'a [f32],
+    /// Query, key and value side by side, not rotated yet: `[rows, query_size + 2 * kv_size]`.
+    joined: &'a [f32],
+    rope: &'a RopeTable,
 }
 
 impl Generator {
@@ -193,24 +190,34 @@ impl Generator {
             positions.extend(0..prompt.len());
             tokens += prompt.len();
         }
-        let plan = AttentionPlan::new(&spans, tokens, self.attention_shape())
-            .with_precision(self.precision());
+        let (shape, width) = (self.attention_shape(), self.config.kv_size());
+        let plan = AttentionPlan::new(&spans, tokens, shape).with_precision(self.precision());
+        let [mut q, mut k, mut v] =
+            [self.config.query_size(), width, width].map(|width| vec![0.0; tokens * width]);
         let mut lse = vec![0.0; tokens * self.config.heads];
         let mut layers = vec![Vec::with_capacity(self.config.layers); prompts.len()];
         let last: Vec<usize> = spans.iter().map(|span| span.start + span.len - 1).collect();
         self.embed(prompts.concat(), scratch);
         rayon::scope(|_| {
-            self.forward(&positions, &last, scratch, |_, Rows { q, k, v }, out| {
-                attention_forward(&plan, AttentionInput { q, k, v }, out, &mut lse);
-                let width = self.config.kv_size();
-                let read = spans.par_iter().zip(layers.par_iter_mut());
-                read.for_each(|(span, layers): (_, &mut Vec<KeyValues>)| {
-                    let own = span.start * width..(span.start + span.len) * width;
-                    let mut cache = KeyValues::new(self.attention_shape(), self.precision());
-                    cache.extend(&k[own.clone()], &v[own]);
-                    layers.push(cache);
-                });
-            });
+            self.forward(
+                &positions,
+                &last,
+                scratch,
+                |_, Rows { joined, rope }, out| {
+                    split_columns(joined, tokens, &mut [&mut q, &mut k, &mut v]);
+                    rope.apply(&mut q, shape.heads);
+                    rope.apply(&mut k, shape.kv_heads);
+                    let (q, k, v) = (&q, &k, &v);
+                    attention_forward(&plan, AttentionInput { q, k, v }, out, &mut lse);
+                    let read = spans.par_iter().zip(layers.par_iter_mut());
+                    read.for_each(|(span, layers): (_, &mut Vec<KeyValues>)| {
+                        let own = span.start * width..(span.start + span.len) * width;
+                        let mut cache = KeyValues::new(shape, self.precision());
+                        cache.extend(&k[own.clone()], &v[own]);
+                        layers.push(cache);
+                    });
+                },
+            );
             self.predict(prompts.len(), scratch);
         });
         let logits = scratch.logits.chunks_exact(self.config.vocab_size);
@@ -257,27 +264,42 @@ impl Generator {
         }
         let positions: Vec<usize> = sequences.iter().map(Sequence::len).collect();
         self.embed(token_ids.to_vec(), scratch);
-        let width = self.config.kv_size();
+        let shape = self.attention_shape();
         let all: Vec<usize> = (0..sequences.len()).collect();
-        // On the pool once: from outside it each of the hundreds of short kernels would have to go there by itself.
-        rayon::scope(|_| {
-            self.forward(&positions, &all, scratch, |layer, Rows { q, k, v }, out| {
-                let rows = k.chunks_exact(width).zip(v.chunks_exact(width));
-                for (sequence, (k, v)) in sequences.iter_mut().zip(rows) {
-                    sequence.layers[layer].extend(k, v);
-                }
-                let contexts: Vec<_> = sequences
-                    .iter()
-                    .map(|sequence| sequence.context(layer))
-                    .collect();
-                attend_step(self.attention_shape(), q, &contexts, out);
-            });
+        let mut q = vec![0.0; sequences.len() * self.config.query_size()];
+        self.in_step(sequences.len(), || {
+            self.forward(
+                &positions,
+                &all,
+                scratch,
+                |layer, Rows { joined, rope }, out| {
+                    let mut caches: Vec<_> = sequences
+                        .iter_mut()
+                        .map(|sequence| &mut sequence.layers[layer])
+                        .collect();
+                    append_step(rope, shape, joined, &mut caches, &mut q);
+                    let contexts: Vec<_> = sequences
+                        .iter()
+                        .map(|sequence| sequence.context(layer))
+                        .collect();
+                    attend_step(shape, &q, &contexts, out);
+                },
+            );
             self.predict(sequences.len(), scratch);
         });
         for sequence in sequences.iter_mut() {
             sequence.tokens += 1;
         }
         Ok(())
+    }
+
+    /// Runs a step of so many sequences: on the pool once, or each of the hundreds of short kernels would have to go there by itself.
+    fn in_step(&self, sequences: usize, step: impl FnOnce() + Send) {
+        if sequences <= MOST_STEP_ROWS {
+            with_team(step);
+        } else {
+            rayon::scope(|_| step());
+        }
     }
 
     fn attention_shape(&self) -> AttentionShape {
@@ -314,18 +336,19 @@ impl Generator {
         let normed = sized(&mut scratch.normed, rows * hidden);
         let rstd = sized(&mut scratch.rstd, rows);
         let qkv = sized(&mut scratch.qkv, rows * (queries + 2 * keys));
-        let q = sized(&mut scratch.q, rows * queries);
-        let k = sized(&mut scratch.k, rows * keys);
-        let v = sized(&mut scratch.v, rows * keys);
         let mut attended = sized(&mut scratch.attended, rows * queries);
         for (index, layer) in self.base.layers.iter().enumerate() {
             let adapters = self.adapters.get(index).unwrap_or(&none);
             rms_norm_forward(x, &layer.input_layernorm, eps, normed, rstd);
-            layer.qkv.forward(&adapters.qkv, normed, rows, low, qkv);
-            split_columns(qkv, rows, &mut [&mut *q, &mut *k, &mut *v]);
-            rope.apply(q, self.config.heads);
-            rope.apply(k, self.config.kv_heads);
-            attend(index, Rows { q, k, v }, attended);
+            let o_proj = &layer.o_proj.weight;
+            layer
+                .qkv
+                .forward(&adapters.qkv, o_proj, normed, rows, low, qkv);
+            let joined = Rows {
+                joined: qkv,
+                rope: &rope,
+            };
+            attend(index, joined, attended);
             if index + 1 == self.config.layers && wanted.len() < rows {
                 rows = wanted.len();
                 for (row, &from) in wanted.iter().enumerate() {
@@ -335,22 +358,28 @@ impl Generator {
                 x.truncate(rows * hidden);
                 attended = &mut attended[..rows * queries];
             }
+            let following = self.base.layers.get(index + 1);
+            let next = following.map_or(&self.base.head, |layer| &layer.qkv.weight);
+            let after = |x: &mut [f32], attended: &[f32]| {
+                self.after_attention(layer, adapters, next, attended, x);
+            };
             if rows <= MOST_STEP_ROWS {
-                self.after_attention(layer, adapters, attended, x);
+                after(x, attended);
             } else {
                 x.par_chunks_mut(BLOCK_ROWS * hidden)
                     .zip(attended.par_chunks(BLOCK_ROWS * queries))
-                    .for_each(|(x, attended)| self.after_attention(layer, adapters, attended, x));
+                    .for_each(|(x, attended)| after(x, attended));
             }
         }
     }
 
     /// What a layer does to rows `x` once they have attended: the output projection, the norm and the gated perceptron, with
-    /// both residual sums.
+    /// both residual sums. `next` is what is multiplied by after it.
     fn after_attention(
         &self,
         layer: &PackedLayer,
         adapters: &LayerAdapters,
+        next: &PackedWeight,
         attended: &[f32],
         x: &mut [f32],
     ) {
@@ -360,15 +389,34 @@ impl Generator {
         let lens = [rows * hidden, rows, rows * 2 * inner, rows * inner];
         with_scratch_parts(lens, |[normed, rstd, gate_up, activated]| {
             let mut low = Vec::new();
-            let mut linear = |weight: &PackedLinear, adapter, x: &[f32], out: &mut [f32]| {
-                weight.forward(adapter, x, rows, &mut low, out);
+            let mut linear = |weight: &PackedLinear, adapter, next, x: &[f32], out: &mut [f32]| {
+                weight.forward(adapter, next, x, rows, &mut low, out);
             };
-            linear(&layer.o_proj, &adapters.o_proj, attended, normed);
+            let (gate_up_proj, down_proj) = (&layer.gate_up.weight, &layer.down_proj.weight);
+            linear(
+                &layer.o_proj,
+                &adapters.o_proj,
+                gate_up_proj,
+                attended,
+                normed,
+            );
             add_into(x, normed);
             rms_norm_forward(x, &layer.post_attention_layernorm, eps, normed, rstd);
-            linear(&layer.gate_up, &adapters.gate_up, normed, gate_up);
+            linear(
+                &layer.gate_up,
+                &adapters.gate_up,
+                down_proj,
+                normed,
+                gate_up,
+            );
             swiglu_joined_forward(gate_up, inner, activated);
-            linear(&layer.down_proj, &adapters.down_proj, activated, normed);
+            linear(
+                &layer.down_proj,
+                &adapters.down_proj,
+                next,
+                activated,
+                normed,
+            );
             add_into(x, normed);
         });
     }

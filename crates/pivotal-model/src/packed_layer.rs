@@ -29,7 +29,7 @@ pub(crate) struct PackedLayer {
 /// Linear layers of one input, their outputs side by side.
 #[derive(Debug)]
 pub(crate) struct PackedLinear {
-    weight: PackedWeight,
+    pub(crate) weight: PackedWeight,
     /// Empty, or an element for every output.
     bias: Vec<f32>,
 }
@@ -98,16 +98,17 @@ impl PackedLinear {
         }
     }
 
-    /// `low` is scratch.
+    /// `next` is what is multiplied by after this; `low` is scratch.
     pub(crate) fn forward(
         &self,
         adapter: &Option<PackedAdapter>,
+        next: &PackedWeight,
         x: &[f32],
         rows: usize,
         low: &mut Vec<f32>,
         out: &mut [f32],
     ) {
-        self.weight.forward(x, rows, out);
+        self.weight.forward_before(next, x, rows, out);
         if let Some(PackedAdapter { a, b }) = adapter {
             let low = sized(low, rows * a.outputs());
             a.forward(x, rows, low);
@@ -173,8 +174,8 @@ impl PackedAdapter {
             }
         }
         Some(Self {
-            a: PackedWeight::new(&below, ranks, inputs, precision),
-            b: PackedWeight::new(&diagonal, outputs, ranks, precision),
+            a: PackedWeight::replaceable(&below, ranks, inputs, precision),
+            b: PackedWeight::replaceable(&diagonal, outputs, ranks, precision),
         })
     }
 }

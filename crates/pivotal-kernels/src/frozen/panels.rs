@@ -8,9 +8,9 @@ use std::sync::OnceLock;
 #[cfg(target_arch = "x86_64")]
 use super::FrozenLinear;
 #[cfg(target_arch = "x86_64")]
-use crate::panels::{COLUMNS, Source, pack, packed_words, unpack_columns};
+use crate::lasting::LastingFloats;
 #[cfg(target_arch = "x86_64")]
-use crate::parallel::AlignedFloats;
+use crate::panels::{COLUMNS, Source, pack, packed_words, unpack_columns};
 use crate::parallel::{check_len, zeros};
 
 /// A frozen weight's bf16 panels: made at first use or by [`FrozenPanels::pack`], kept as long as this value.
@@ -20,10 +20,10 @@ use crate::parallel::{check_len, zeros};
 pub struct FrozenPanels {
     /// For `x Wᵀ`.
     #[cfg(target_arch = "x86_64")]
-    forward: OnceLock<AlignedFloats>,
+    forward: OnceLock<LastingFloats>,
     /// For `dy W`.
     #[cfg(target_arch = "x86_64")]
-    backward: OnceLock<AlignedFloats>,
+    backward: OnceLock<LastingFloats>,
 }
 
 impl FrozenPanels {
@@ -111,7 +111,7 @@ impl FrozenPanels {
 }
 
 #[cfg(target_arch = "x86_64")]
-fn packed_rows(weight: &[f32], outputs: usize, inputs: usize) -> AlignedFloats {
+fn packed_rows(weight: &[f32], outputs: usize, inputs: usize) -> LastingFloats {
     packed::<COLUMNS>(Source {
         values: weight,
         line_stride: inputs,
@@ -122,8 +122,8 @@ fn packed_rows(weight: &[f32], outputs: usize, inputs: usize) -> AlignedFloats {
 }
 
 #[cfg(target_arch = "x86_64")]
-fn packed<const W: usize>(source: Source<'_>) -> AlignedFloats {
-    let mut words = AlignedFloats::zeroed(packed_words::<W>(source.lines, source.k));
+fn packed<const W: usize>(source: Source<'_>) -> LastingFloats {
+    let mut words = LastingFloats::zeroed(packed_words::<W>(source.lines, source.k));
     pack::<W>(source, words.as_mut_slice());
     words
 }

@@ -167,6 +167,54 @@ fn neither_company_nor_threads_change_a_bit() {
 }
 
 #[test]
+fn appending_is_the_steps_one_by_one() {
+    let shape = AttentionShape {
+        heads: 9,
+        kv_heads: 3,
+        head_dim: 64,
+    };
+    let (queries, width) = (shape.query_width(), shape.key_width());
+    let frequencies: Vec<f32> = (0..32).map(|i| 0.7f32.powi(i)).collect();
+    for precision in [Precision::F32, Precision::Bf16] {
+        for sequences in [0, 1, 17] {
+            let positions: Vec<usize> = (0..sequences).map(|at| 7 * at).collect();
+            let rope = RopeTable::new(&frequencies, &positions, 1.0);
+            let before: Vec<KeyValues> = positions
+                .iter()
+                .map(|&len| {
+                    let (keys, values) = (random(len * width, 1), random(len * width, 2));
+                    filled_in(precision, shape, &keys, &values)
+                })
+                .collect();
+            let joined = random(sequences * shape.joined_width(), 3);
+
+            let [mut q, mut k, mut v] =
+                [queries, width, width].map(|width| vec![0.0; sequences * width]);
+            crate::split_columns(&joined, sequences, &mut [&mut q, &mut k, &mut v]);
+            rope.apply(&mut q, shape.heads);
+            rope.apply(&mut k, shape.kv_heads);
+            let mut expected = before.clone();
+            for (cache, (key, value)) in expected
+                .iter_mut()
+                .zip(k.chunks(width).zip(v.chunks(width)))
+            {
+                cache.extend(key, value);
+            }
+
+            for threads in [1, 2] {
+                let (mut got, mut rotated) = (before.clone(), vec![f32::NAN; q.len()]);
+                on_threads(threads, || {
+                    let mut caches: Vec<&mut KeyValues> = got.iter_mut().collect();
+                    append_step(&rope, shape, &joined, &mut caches, &mut rotated);
+                });
+                assert_eq!(rotated, q);
+                assert!(got == expected);
+            }
+        }
+    }
+}
+
+#[test]
 fn bf16_is_the_same_attention_over_rounded_keys_and_values() {
     let shape = AttentionShape {
         heads: 6,
