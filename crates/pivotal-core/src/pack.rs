@@ -112,13 +112,9 @@ impl Pack {
         for response in 0..self.responses.len() {
             let span = self.response_span(response);
             for position in (0..span.len).filter(|&position| keep(response, position)) {
-                let source = match position {
-                    0 => span.prefix_start + span.prefix_len - 1,
-                    _ => span.start + position - 1,
-                };
                 let target = self.token_ids[span.start + position];
                 gathers.push(Gather {
-                    source,
+                    source: self.source(response, position),
                     target,
                     response,
                     position,
@@ -126,6 +122,66 @@ impl Pack {
             }
         }
         gathers
+    }
+
+    /// What the log-probabilities of `gathers` can be computed from: this pack without the tokens after the last of them in each
+    /// response, that last one included, and without the prompts that none continues. With it, `gathers` for the new pack.
+    ///
+    /// Attention is causal, so no value and no gradient changes. Spans stay where they are counted, some of them empty.
+    ///
+    /// # Panics
+    /// If `gathers` are not this pack's.
+    ///
+    /// # Examples
+    /// ```
+    /// let mut pack = pivotal_core::Pack::default();
+    /// pack.push(&[7, 8], &[&[1, 2, 3, 4], &[5, 6]]).unwrap();
+    /// let kept = pack.gather(|response, position| response == 0 && position == 2);
+    /// let (needed, gathers) = pack.needed_by(&kept);
+    /// assert_eq!(needed.token_ids, [7, 8, 1, 2]);
+    /// assert_eq!((gathers[0].source, gathers[0].target), (3, 3));
+    /// ```
+    #[must_use]
+    pub fn needed_by(&self, gathers: &[Gather]) -> (Self, Vec<Gather>) {
+        // A response follows its prompt, with other responses to it between.
+        let mut prompts = Vec::with_capacity(self.spans.len());
+        for (index, span) in self.spans.iter().enumerate() {
+            let prompt = prompts.last().copied().unwrap_or(index);
+            prompts.push(if span.prefix_len == 0 { index } else { prompt });
+        }
+        // How many tokens of each span are needed: a prompt whole or not at all.
+        let mut lens = vec![0; self.spans.len()];
+        for gather in gathers {
+            let response = self.responses[gather.response];
+            lens[response] = lens[response].max(gather.position);
+            lens[prompts[response]] = self.spans[prompts[response]].len;
+        }
+        let mut needed = Self {
+            responses: self.responses.clone(),
+            ..Self::default()
+        };
+        for (index, span) in self.spans.iter().enumerate() {
+            let ids = &self.token_ids[span.start..][..lens[index]];
+            match prompts[index] {
+                prompt if prompt == index || lens[prompt] == 0 => needed.push_span(ids, 0, 0),
+                prompt => needed.push_span(ids, needed.spans[prompt].start, span.prefix_len),
+            }
+        }
+        let moved = |gather: &Gather| Gather {
+            source: needed.source(gather.response, gather.position),
+            ..*gather
+        };
+        let gathers = gathers.iter().map(moved).collect();
+        (needed, gathers)
+    }
+
+    /// The token whose hidden state predicts token `position` of a response.
+    fn source(&self, response: usize, position: usize) -> usize {
+        let span = self.response_span(response);
+        match position {
+            0 => span.prefix_start + span.prefix_len - 1,
+            _ => span.start + position - 1,
+        }
     }
 
     fn push_span(&mut self, ids: &[u32], prefix_start: usize, prefix_len: usize) {
@@ -164,6 +220,43 @@ mod tests {
         );
         assert_eq!(pack.response_ids(2), [4]);
         assert_eq!(pack.gather(|_, _| true)[3].source, 6);
+    }
+
+    #[test]
+    fn what_no_log_probability_needs_is_left_out() {
+        let mut pack = Pack::default();
+        pack.push(&[10, 11, 12], &[&[1, 2, 3], &[4, 5, 6, 7]])
+            .unwrap();
+        pack.push(&[20, 21], &[&[8, 9]]).unwrap();
+        pack.push(&[30], &[&[1, 2, 3, 4], &[5]]).unwrap();
+        let kept = [(1, 0), (1, 2), (3, 1), (4, 0)];
+        let gathers = pack.gather(|response, position| kept.contains(&(response, position)));
+        let (needed, moved) = pack.needed_by(&gathers);
+        // No response to the second prompt is kept; of the fourth response the first token predicts the second.
+        assert_eq!(needed.token_ids, [10, 11, 12, 4, 5, 30, 1]);
+        assert_eq!(needed.position_ids, [0, 1, 2, 3, 4, 0, 1]);
+        let lens: Vec<_> = needed.spans.iter().map(|span| span.len).collect();
+        assert_eq!(lens, [3, 0, 2, 0, 0, 1, 1, 0]);
+        let sources: Vec<_> = moved.iter().map(|gather| gather.source).collect();
+        assert_eq!(sources, [2, 4, 6, 5]);
+        for (moved, gather) in moved.iter().zip(&gathers) {
+            let of = |pack: &Pack, gather: &Gather| {
+                let at = gather.source;
+                (pack.token_ids[at], pack.position_ids[at], gather.target)
+            };
+            assert_eq!(of(&needed, moved), of(&pack, gather));
+        }
+        let mut end = 0;
+        for span in &needed.spans {
+            assert_eq!(span.start, end);
+            assert!(span.prefix_start + span.prefix_len <= span.start);
+            end += span.len;
+        }
+        assert_eq!(pack.needed_by(&[]).0.len(), 0);
+        assert_eq!(
+            pack.needed_by(&pack.gather(|_, _| true)).0.len(),
+            pack.len() - 5
+        );
     }
 
     #[test]

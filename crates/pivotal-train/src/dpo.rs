@@ -194,12 +194,18 @@ impl StepSums {
             }
             false => {
                 let index = response_index(&pack, &gathers)?;
+                let measures_dropped = objective.measures_dropped(self.step);
+                // What is measured of dropped tokens needs all states, the loss those before its last token.
+                let (pack, gathers) = match measures_dropped {
+                    true => (pack, gathers),
+                    false => pack.needed_by(&gathers),
+                };
                 let recomputed = activations.recomputed_layers(policy, pack.len());
                 let pass = pass.insert(policy.forward(&pack, recomputed)?);
                 let policy_logps = policy.token_logps(&pass.hidden, &gathers);
                 let logps = values(policy_logps.clone().without_autodiff());
                 self.shifts.add_kept(items, &gathers, &logps);
-                if objective.measures_dropped(self.step) {
+                if measures_dropped {
                     self.shifts
                         .measure_dropped(policy, items, &pack, &pass.hidden);
                 }

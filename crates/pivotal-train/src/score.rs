@@ -77,6 +77,7 @@ pub(crate) fn token_logps_told(
         if gathers.is_empty() {
             all.extend(groups.iter().map(|_| Vec::new()));
         } else {
+            let (pack, gathers) = pack.needed_by(&gathers);
             let logps = values(decoder.token_logps(&decoder.hidden(&pack)?, &gathers));
             all.extend(split(groups, &logps));
         }

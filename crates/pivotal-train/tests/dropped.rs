@@ -192,6 +192,39 @@ fn measuring_changes_nothing_else_and_keeps_to_its_steps() {
     }
 }
 
+/// The step without a measurement leaves out the tokens after the last kept one of each response; the other takes them along.
+#[test]
+fn tokens_after_the_last_kept_one_have_no_part_in_the_gradient() {
+    let items = items();
+    let items: Vec<&DpoItem> = items.iter().collect();
+    for (name, policy) in policies() {
+        let gradients = |every| {
+            let objective = DpoObjective {
+                loss: PreferenceLoss::Dpo,
+                beta: 0.1,
+                normalisation: Normalisation::Sum,
+                dropped_every: every,
+                reference: None,
+            };
+            let settings = OptimizerSettings::default();
+            let (sum, _) =
+                dpo::gradients(&mut policy.clone(), &items, objective, &settings, 1).unwrap();
+            sum.to_host()
+        };
+        let (without, with) = (gradients(0), gradients(1));
+        let mut norm = 0.0;
+        assert_eq!(without.len(), with.len());
+        for ((tensor, without), (same, with)) in without.iter().zip(&with) {
+            assert_eq!(tensor, same);
+            for (a, b) in without.values().iter().zip(with.values()) {
+                assert!((a - b).abs() < 1e-6, "{name}, {tensor}: {a}, not {b}");
+                norm += f64::from(b * b);
+            }
+        }
+        assert!(norm.sqrt() > 1e-2, "{name}: {norm}");
+    }
+}
+
 #[test]
 fn without_a_reference_there_is_no_change_to_tell() {
     let loss = PreferenceLoss::Simpo { target_margin: 0.5 };

@@ -80,8 +80,8 @@ fn work(bench: &Bench, steps: &Steps) -> Work {
     let mut work = Work::default();
     for index in steps.indices() {
         let pair = &bench.subject.pairs[index];
-        let sides = [&pair.chosen, &pair.rejected].map(|ids| (ids.len(), ids.len()));
-        work.add(pair.prompt.len(), &sides);
+        let sides = [&pair.chosen, &pair.rejected].map(|ids| vec![true; ids.len()]);
+        work.add_kept(pair.prompt.len(), &[&sides[0], &sides[1]]);
     }
     work
 }

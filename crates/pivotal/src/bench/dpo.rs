@@ -98,13 +98,13 @@ fn needed(bench: &Bench, steps: &Steps, items: &[DpoItem]) -> Flops {
     let (mut training, mut reference) = (Work::default(), Work::default());
     for index in steps.indices() {
         let DpoItem { pair, keep, .. } = &items[index];
-        let sides = [&keep[0], &keep[1]].map(|mask| (mask.len(), mask.kept()));
-        training.add(pair.prompt.len(), &sides);
+        let sides = [&keep[0], &keep[1]].map(TokenMask::as_slice);
+        training.add_kept(pair.prompt.len(), &sides);
     }
     for index in steps.distinct() {
         let pair = &items[index].pair;
-        let sides = [&pair.chosen, &pair.rejected].map(|ids| (ids.len(), ids.len()));
-        reference.add(pair.prompt.len(), &sides);
+        let sides = [&pair.chosen, &pair.rejected].map(|ids| vec![true; ids.len()]);
+        reference.add_kept(pair.prompt.len(), &[&sides[0], &sides[1]]);
     }
     let config = bench.subject.base.config();
     let rank = bench.settings.lora_rank;

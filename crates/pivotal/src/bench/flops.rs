@@ -17,6 +17,18 @@ pub(crate) struct Work {
 }
 
 impl Work {
+    /// Adds a prompt with the responses that share it, of whose tokens those before the last kept one go through the layers: the
+    /// log-probabilities of the kept ones need no more.
+    pub(crate) fn add_kept(&mut self, prompt: usize, responses: &[&[bool]]) {
+        let needed = |mask: &&[bool]| {
+            let kept = mask.iter().filter(|&&kept| kept).count();
+            (mask.iter().rposition(|&kept| kept).unwrap_or(0), kept)
+        };
+        let responses: Vec<_> = responses.iter().map(needed).collect();
+        let is_needed = responses.iter().any(|&(_, kept)| kept > 0);
+        self.add(if is_needed { prompt } else { 0 }, &responses);
+    }
+
     /// Adds a prompt with the responses that share it, `(tokens, kept)` each.
     pub(crate) fn add(&mut self, prompt: usize, responses: &[(usize, usize)]) {
         let causal = |tokens: u64| tokens * (tokens + 1) / 2;
@@ -168,6 +180,16 @@ mod tests {
             kept: 2,
             attended: 19,
         };
+        assert_eq!(work, expected);
+    }
+
+    #[test]
+    fn tokens_after_the_last_kept_one_are_no_work() {
+        let mut work = Work::default();
+        work.add_kept(3, &[&[true, false, true, false], &[true]]);
+        work.add_kept(9, &[&[false, false]]);
+        let mut expected = Work::default();
+        expected.add(3, &[(2, 2), (0, 1)]);
         assert_eq!(work, expected);
     }
 

@@ -140,14 +140,14 @@ fn point<T: Task>(
     let mut work = Work::default();
     for item in &items {
         let [chosen, rejected] = &item.keep;
-        let sides = [chosen, rejected].map(|mask| (mask.len(), mask.kept()));
-        work.add(item.pair.prompt.len(), &sides);
+        let sides = [chosen, rejected].map(TokenMask::as_slice);
+        work.add_kept(item.pair.prompt.len(), &sides);
     }
     let config = bench.subject.base.config();
     let needed = flops(config, task.rank(), work, Head::Vocabulary, T::PASS);
     let outcome = Outcome {
         pairs: Some(pairs),
-        tokens: work.tokens as usize,
+        tokens: pairs * probe.tokens,
         data: format!(
             "random token ids: prompts of {PROMPT}, responses of {}",
             probe.response

@@ -39,18 +39,21 @@ pub(crate) fn run(bench: &Bench) -> Result<Vec<Outcome>, Failure> {
         Ok(None)
     })?;
 
+    let tokens = steps.indices().map(|index| {
+        let item = &items[index];
+        item.prompt.len() + item.response.len()
+    });
     let mut work = Work::default();
     for index in steps.indices() {
         let item = &items[index];
-        let kept = item.response_mask.iter().filter(|&&kept| kept).count();
-        work.add(item.prompt.len(), &[(item.response.len(), kept)]);
+        work.add_kept(item.prompt.len(), &[&item.response_mask]);
     }
     let config = bench.subject.base.config();
     let needed = flops(config, rank, work, Head::Vocabulary, Pass::Training);
     let outcome = bench.outcome("sft", format!("keep {keep}"));
     let outcome = Outcome {
         pairs: Some(steps.pairs()),
-        tokens: work.tokens as usize,
+        tokens: tokens.sum(),
         settings: bench.training_settings(),
         ..outcome
     };

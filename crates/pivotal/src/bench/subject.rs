@@ -104,10 +104,15 @@ impl Subject {
     }
 }
 
-/// Random flags of a response of `tokens` tokens, of which `keep` says how many are true.
+/// Tokens of a segment of [`mask`].
+const SEGMENT: usize = 10;
+
+/// Flags of a response of `tokens` tokens cut into segments of [`SEGMENT`], of which random ones are kept, as many as `keep` says.
 pub(crate) fn mask(keep: Keep, tokens: usize, pair: usize, side: usize) -> Vec<bool> {
     let mut stream = random_stream(pair as u64, &format!("bench keep {side}"));
-    random_subset(tokens, keep.fraction(), &mut stream)
+    let segments = random_subset(tokens.div_ceil(SEGMENT), keep.fraction(), &mut stream);
+    let flags = segments.iter().flat_map(|&keep| [keep; SEGMENT]);
+    flags.take(tokens).collect()
 }
 
 /// Pairs of random token ids whose responses are `response` tokens long.
@@ -260,5 +265,9 @@ mod tests {
         assert_eq!(half.iter().filter(|&&keep| keep).count(), 50);
         assert_eq!(half, mask(Keep::Fraction(0.5), 100, 3, 1));
         assert_ne!(half, mask(Keep::Fraction(0.5), 100, 3, 0));
+        assert!(
+            half.chunks(SEGMENT)
+                .all(|segment| segment == [segment[0]; SEGMENT])
+        );
     }
 }
