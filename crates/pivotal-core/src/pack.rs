@@ -5,7 +5,7 @@
 pub struct Span {
     /// First token in the pack.
     pub start: usize,
-    /// Tokens in the run; at least 1.
+    /// Tokens in the run; at least 1, but 0 where [`Pack::needed_by`] left it out.
     pub len: usize,
     /// First token of the prefix in the pack; 0 where there is none.
     pub prefix_start: usize,

@@ -98,7 +98,8 @@ impl LastingFloats {
 
 impl Clone for LastingFloats {
     fn clone(&self) -> Self {
-        let mut made = Self::zeroed(self.len);
+        // It may be one that is replaced before its neighbours.
+        let mut made = Self::alone(self.len);
         made.as_mut_slice().copy_from_slice(self.as_slice());
         made
     }

@@ -92,6 +92,9 @@ pub use rope::RopeTable;
 pub use rope_attention::{RotatedRows, rope_attention, rope_attention_backward};
 pub use rounded::RoundedFloats;
 pub use rows::{argmax, log_sum_exp};
-pub use swiglu::{swiglu_backward, swiglu_forward, swiglu_joined_backward, swiglu_joined_forward};
+pub use swiglu::{
+    GATE_BLOCK, swiglu_backward, swiglu_forward, swiglu_interleaved_forward,
+    swiglu_joined_backward, swiglu_joined_forward,
+};
 pub use team::with_team;
 pub use vocabulary_kl::{HeadInput, VocabularyKl, vocabulary_kl_backward, vocabulary_kl_forward};

@@ -99,32 +99,58 @@ impl RopeTable {
     /// If `joined` has another length, or the heads are not the table's.
     #[must_use]
     pub fn split(&self, joined: &[f32], shape: AttentionShape) -> [Vec<f32>; 3] {
-        let (tokens, width) = (self.tokens, self.joined_width(joined, shape));
+        let tokens = self.tokens;
+        self.joined_width(joined, shape);
         let (queries, keys) = (shape.query_width(), shape.key_width());
         let (mut k, mut v) = (Vec::new(), Vec::new());
-        let body = |q: SharedOut, k: SharedOut, v: SharedOut| {
-            for_each_block(tokens, rows_per_block(width), 3 * joined.len(), |block| {
-                for token in block {
-                    let (from, rest) = joined[token * width..][..width].split_at(queries);
-                    let (key, value) = rest.split_at(keys);
-                    // SAFETY: row `token` of each part is this block's own.
-                    unsafe {
-                        self.turn(token, from, q.slice(token * queries, queries), 1.0);
-                        self.turn(token, key, k.slice(token * keys, keys), 1.0);
-                        v.slice(token * keys, keys).copy_from_slice(value);
-                    }
-                }
-            });
-        };
-        // SAFETY: the body writes every row of the three.
+        // SAFETY: every row of the three is written, and they have the lengths that are wanted.
         let q = unsafe {
             written(tokens * queries, |q| {
                 k = written(tokens * keys, |k| {
-                    v = written(tokens * keys, |v| body(q, k, v));
+                    v = written(tokens * keys, |v| self.split_at(joined, shape, [q, k, v]));
                 });
             })
         };
         [q, k, v]
+    }
+
+    /// [`RopeTable::split`] into memory that is there.
+    ///
+    /// # Shapes
+    /// `joined` and `parts` as [`RopeTable::split`] takes and returns them.
+    ///
+    /// # Panics
+    /// If a slice has another length, or the heads are not the table's.
+    pub fn split_into(&self, joined: &[f32], shape: AttentionShape, parts: [&mut [f32]; 3]) {
+        self.joined_width(joined, shape);
+        let widths = [shape.query_width(), shape.key_width(), shape.key_width()];
+        for (part, width) in parts.iter().zip(widths) {
+            check_len("a part", part, self.tokens * width);
+        }
+        // SAFETY: the parts are borrowed mutably and have the lengths that were checked.
+        unsafe { self.split_at(joined, shape, parts.map(SharedOut::new)) };
+    }
+
+    /// Writes every row of query, key and value.
+    ///
+    /// # Safety
+    /// `joined` and the parts have a row a token; nobody else touches the parts meanwhile.
+    unsafe fn split_at(&self, joined: &[f32], shape: AttentionShape, [q, k, v]: [SharedOut; 3]) {
+        let (queries, keys) = (shape.query_width(), shape.key_width());
+        let width = shape.joined_width();
+        let work = 3 * joined.len();
+        for_each_block(self.tokens, rows_per_block(width), work, |block| {
+            for token in block {
+                let (from, rest) = joined[token * width..][..width].split_at(queries);
+                let (key, value) = rest.split_at(keys);
+                // SAFETY: row `token` of each part is this block's own.
+                unsafe {
+                    self.turn(token, from, q.slice(token * queries, queries), 1.0);
+                    self.turn(token, key, k.slice(token * keys, keys), 1.0);
+                    v.slice(token * keys, keys).copy_from_slice(value);
+                }
+            }
+        });
     }
 
     /// The transpose of [`RopeTable::split`]: the gradient of its input where `parts` are those of its outputs.
@@ -319,6 +345,10 @@ mod tests {
             table.split(&joined, shape),
             [q.clone(), k.clone(), v.clone()]
         );
+        let mut parts = [vec![7.0; q.len()], vec![7.0; k.len()], vec![7.0; v.len()]];
+        let [a, b, c] = &mut parts;
+        table.split_into(&joined, shape, [a, b, c]);
+        assert_eq!(parts, [q.clone(), k.clone(), v.clone()]);
         let gradient = table.join([&q, &k, &v], shape);
         table.apply_transpose(&mut q, 3);
         table.apply_transpose(&mut k, 1);

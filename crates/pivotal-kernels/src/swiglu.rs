@@ -90,6 +90,53 @@ pub fn swiglu_joined_forward(joined: &[f32], width: usize, out: &mut [f32]) {
     });
 }
 
+/// Gates that stand together, before as many ups, in a row of [`swiglu_interleaved_forward`]: a panel of a packed weight's outputs.
+pub const GATE_BLOCK: usize = 48;
+/// Rows at which blocks of columns are handed to threads, not rows: a thread then finds what it has just multiplied.
+const FEW_ROWS: usize = 64;
+
+/// [`swiglu_forward`] where a row holds [`GATE_BLOCK`] gates, their ups, the next gates, and so on; the last may be fewer.
+///
+/// # Shapes
+/// `joined` is `[rows, 2 * width]`, `out` is `[rows, width]`.
+///
+/// # Panics
+/// If a slice has another length.
+///
+/// # Examples
+/// ```
+/// let mut out = [0.0; 2];
+/// pivotal_kernels::swiglu_interleaved_forward(&[0.0, 100.0, 5.0, 2.0], 2, &mut out);
+/// assert_eq!(out, [0.0, 200.0]);
+/// ```
+pub fn swiglu_interleaved_forward(joined: &[f32], width: usize, out: &mut [f32]) {
+    check_len("joined", joined, 2 * out.len());
+    let rows = out.len() / width.max(1);
+    check_len("out", out, rows * width);
+    let target = SharedOut::new(out);
+    let gate = |row: usize, first: usize| {
+        let columns = GATE_BLOCK.min(width - first);
+        // SAFETY: these columns of row `row` are this block's own, whichever way the rows and columns are cut.
+        let out = unsafe { target.slice(row * width + first, columns) };
+        gate_row(&joined[2 * (row * width + first)..][..2 * columns], out);
+    };
+    let work = COST * joined.len();
+    if rows <= FEW_ROWS {
+        for_each_block(width.div_ceil(GATE_BLOCK), 1, work, |blocks| {
+            for block in blocks {
+                (0..rows).for_each(|row| gate(row, block * GATE_BLOCK));
+            }
+        });
+    } else {
+        for_each_block(rows, rows_per_block(width), work, |block| {
+            for row in block {
+                let firsts = (0..width).step_by(GATE_BLOCK);
+                firsts.for_each(|first| gate(row, first));
+            }
+        });
+    }
+}
+
 /// One row of the output of [`swiglu_joined_forward`].
 pub(crate) fn gate_row(joined: &[f32], out: &mut [f32]) {
     let (gate, up) = joined.split_at(out.len());
@@ -210,6 +257,30 @@ mod tests {
                 TOLERANCE,
             );
         }
+    }
+
+    #[test]
+    fn interleaved_rows_are_the_same_gates_and_ups() {
+        on_each(|| {
+            for (rows, width) in [(0, 5), (1, 1), (3, 47), (16, 48), (64, 100), (65, 145)] {
+                let (gate, up) = (random(rows * width, 1), random(rows * width, 2));
+                let mut expected = vec![0.0; rows * width];
+                swiglu_forward(&gate, &up, &mut expected);
+                let mut joined = Vec::new();
+                for (gate, up) in gate.chunks(width).zip(up.chunks(width)) {
+                    for (gate, up) in gate.chunks(GATE_BLOCK).zip(up.chunks(GATE_BLOCK)) {
+                        joined.extend([gate, up].concat());
+                    }
+                }
+                for threads in [1, 2] {
+                    let mut out = vec![f32::NAN; rows * width];
+                    on_threads(threads, || {
+                        swiglu_interleaved_forward(&joined, width, &mut out);
+                    });
+                    assert_eq!(out, expected);
+                }
+            }
+        });
     }
 
     #[test]

@@ -6,11 +6,17 @@
 //! Nobody waits for a thread that has not come: a piece's blocks are taken by whoever is there, and the leader takes all of
 //! them if nobody is. So teams may overlap, and a thread that is busy elsewhere holds nothing up.
 
+use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Tries, of a few nanoseconds each, before a waiting thread offers its processor to others.
 const PATIENCE: u32 = 1 << 14;
+/// Teams whose call some thread has not answered yet, above which a body runs without one: threads are busy elsewhere, and each
+/// call waits in their queues.
+const MOST_CALLED: usize = 64;
 
 /// The piece at hand: called with the index of a block, and with the share that it is the last one of, if it is.
 type Body<'a> = &'a (dyn Fn(usize, Option<LastOf>) + Sync);
@@ -51,7 +57,17 @@ struct Team {
     busy: Alone<AtomicUsize>,
     body: UnsafeCell<Option<Body<'static>>>,
     dismissed: AtomicBool,
-    failed: AtomicBool,
+    /// What a block panicked with on a helper.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+/// Teams that still have a call in some thread's queue.
+static CALLED: AtomicUsize = AtomicUsize::new(0);
+
+impl Drop for Team {
+    fn drop(&mut self) {
+        CALLED.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 // SAFETY: `body` is the only field that is not `Sync`. The leader writes it while the team is not open and no helper is busy;
@@ -73,10 +89,11 @@ thread_local! {
     static ROLE: Cell<Role> = const { Cell::new(Role::Nothing) };
 }
 
-/// Runs `body` on this thread with the other threads of rayon's current pool at hand: the kernels it calls are cut into the same blocks
-/// as ever, with the same results, and handing a block to another thread costs a fraction of a microsecond.
+/// Runs `body` on a thread of rayon's current pool with the others at hand: the kernels it calls are cut into the same blocks as ever,
+/// with the same results, and handing a block to another thread costs a fraction of a microsecond.
 ///
-/// For bodies of many short kernels that call nothing else of rayon's: until the body ends those threads do nothing else.
+/// For bodies of many short kernels: until the body ends the other threads do nothing else. What `body` itself gives to rayon waits
+/// that long for anyone but this thread.
 ///
 /// # Panics
 /// If `body` does, or a block of a kernel on another thread.
@@ -88,22 +105,32 @@ thread_local! {
 /// assert_eq!(sum, [2.0; 4]);
 /// ```
 pub fn with_team<T: Send>(body: impl FnOnce() -> T + Send) -> T {
-    let threads = rayon::current_num_threads();
-    if threads == 1 || !matches!(ROLE.get(), Role::Nothing) {
-        return body();
-    }
-    let team = Team {
-        shares: std::iter::repeat_with(Share::default)
-            .take(threads)
-            .collect(),
-        open: Alone::default(),
-        busy: Alone::default(),
-        body: UnsafeCell::new(None),
-        dismissed: AtomicBool::new(false),
-        failed: AtomicBool::new(false),
-    };
-    rayon::scope(|scope| {
-        scope.spawn_broadcast(|_, context| team.help(context.index()));
+    // On the pool, whose threads are called.
+    rayon::scope(|_| {
+        let threads = rayon::current_num_threads();
+        let is_free = matches!(ROLE.get(), Role::Nothing);
+        if threads == 1 || !is_free || CALLED.load(Ordering::Relaxed) >= MOST_CALLED {
+            return body();
+        }
+        CALLED.fetch_add(1, Ordering::Relaxed);
+        let team = Arc::new(Team {
+            shares: std::iter::repeat_with(Share::default)
+                .take(threads)
+                .collect(),
+            open: Alone::default(),
+            busy: Alone::default(),
+            body: UnsafeCell::new(None),
+            dismissed: AtomicBool::new(false),
+            panic: Mutex::new(None),
+        });
+        let called = Arc::clone(&team);
+        rayon::spawn_broadcast(move |context| {
+            // Not where a thread comes to this call while it waits inside a body or a block: the leader's own, which would wait for
+            // itself to end, or another team's.
+            if matches!(ROLE.get(), Role::Nothing) {
+                called.help(context.index());
+            }
+        });
         let dismissal = Dismissal(&team);
         // SAFETY: `dismissal` takes the reference away again before the team is gone, whether `body` returns or panics.
         ROLE.set(Role::Leader(unsafe {
@@ -186,10 +213,14 @@ impl Team {
         let piece = Piece(self);
         self.work(rayon::current_thread_index().unwrap_or(0), body);
         drop(piece);
-        assert!(
-            !self.failed.load(Ordering::Relaxed),
-            "a block of this kernel panicked on another thread"
-        );
+        let panic = self
+            .panic
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(payload) = panic {
+            resume_unwind(payload);
+        }
     }
 
     /// Takes blocks until none is left: first those of `own` share.
@@ -213,17 +244,13 @@ impl Team {
     }
 
     fn help(&self, index: usize) {
-        let mut tries = 0;
+        let mut patience = Patience::default();
         while !self.dismissed.load(Ordering::Acquire) {
             if self.open.0.load(Ordering::Relaxed) {
                 self.take(index);
-                tries = 0;
+                patience = Patience::default();
             }
-            std::hint::spin_loop();
-            tries += 1;
-            if tries > PATIENCE {
-                std::thread::yield_now();
-            }
+            patience.wait();
         }
     }
 
@@ -231,13 +258,30 @@ impl Team {
         // The leader closes and then waits until nobody is busy; a helper is busy first and then looks whether it is open. In the
         // one order that all of these have, either the helper finds it closed or the leader finds the helper.
         self.busy.0.fetch_add(1, Ordering::SeqCst);
-        let shift = Shift(self);
         if self.open.0.load(Ordering::SeqCst) {
             // SAFETY: the leader wrote it before it opened, and will not touch it before this helper is no longer busy.
             let body = unsafe { *self.body.get() };
-            self.work(index, body.expect("an open team has a piece at hand"));
+            let body = body.expect("an open team has a piece at hand");
+            // The leader goes on with it: a helper has nobody to tell.
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| self.work(index, body))) {
+                *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
+            }
         }
-        drop(shift);
+        self.busy.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// How long a thread has waited.
+#[derive(Default)]
+struct Patience(u32);
+
+impl Patience {
+    fn wait(&mut self) {
+        std::hint::spin_loop();
+        self.0 = self.0.saturating_add(1);
+        if self.0 > PATIENCE {
+            std::thread::yield_now();
+        }
     }
 }
 
@@ -247,26 +291,10 @@ struct Piece<'a>(&'a Team);
 impl Drop for Piece<'_> {
     fn drop(&mut self) {
         self.0.open.0.store(false, Ordering::SeqCst);
-        let mut tries = 0;
+        let mut patience = Patience::default();
         while self.0.busy.0.load(Ordering::SeqCst) > 0 {
-            std::hint::spin_loop();
-            tries += 1;
-            if tries > PATIENCE {
-                std::thread::yield_now();
-            }
+            patience.wait();
         }
-    }
-}
-
-/// A helper's time with the body.
-struct Shift<'a>(&'a Team);
-
-impl Drop for Shift<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0.failed.store(true, Ordering::Relaxed);
-        }
-        self.0.busy.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -275,7 +303,6 @@ mod tests {
     use super::*;
     use crate::parallel::for_each_block;
     use crate::testing::on_threads;
-    use std::sync::Mutex;
 
     /// Enough of a piece to be handed around.
     const WORK: usize = usize::MAX;
@@ -342,6 +369,40 @@ mod tests {
             });
         });
         assert_eq!(total.into_inner(), 6 * 200 * 5 * 3);
+    }
+
+    #[test]
+    fn a_thread_that_does_not_come_is_not_waited_for() {
+        on_threads(2, || {
+            let (stop, stopped) = std::sync::mpsc::channel();
+            rayon::scope(|scope| {
+                // One thread is kept from coming until the other has ended its teams, more than there may be calls.
+                scope.spawn(move |_| stopped.recv().unwrap());
+                for _ in 0..2 * MOST_CALLED {
+                    let sum = AtomicUsize::new(0);
+                    with_team(|| {
+                        for_each_block(9, 1, WORK, |block| {
+                            sum.fetch_add(block.start, Ordering::Relaxed);
+                        });
+                    });
+                    assert_eq!(sum.into_inner(), 36);
+                }
+                stop.send(()).unwrap();
+            });
+        });
+    }
+
+    #[test]
+    fn a_body_may_use_rayon() {
+        use rayon::prelude::*;
+        for threads in [2, 5] {
+            on_threads(threads, || {
+                for _ in 0..50 {
+                    let sum: usize = with_team(|| (0..1000usize).into_par_iter().sum());
+                    assert_eq!(sum, 499_500);
+                }
+            });
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use pivotal_kernels::{
     AttentionInput, AttentionPlan, AttentionShape, KeyValues, PackedWeight, Precision, RopeTable,
     Span, StepContext, add_into, append_step, attend_step, attention_forward, rms_norm_forward,
-    split_columns, swiglu_joined_forward, with_scratch_parts, with_team,
+    swiglu_interleaved_forward, with_scratch_parts, with_team,
 };
 use rayon::prelude::*;
 
@@ -205,9 +205,7 @@ impl Generator {
                 &last,
                 scratch,
                 |_, Rows { joined, rope }, out| {
-                    split_columns(joined, tokens, &mut [&mut q, &mut k, &mut v]);
-                    rope.apply(&mut q, shape.heads);
-                    rope.apply(&mut k, shape.kv_heads);
+                    rope.split_into(joined, shape, [&mut q, &mut k, &mut v]);
                     let (q, k, v) = (&q, &k, &v);
                     attention_forward(&plan, AttentionInput { q, k, v }, out, &mut lse);
                     let read = spans.par_iter().zip(layers.par_iter_mut());
@@ -416,7 +414,7 @@ impl Generator {
                 normed,
                 gate_up,
             );
-            swiglu_joined_forward(gate_up, inner, activated);
+            swiglu_interleaved_forward(gate_up, inner, activated);
             linear(
                 &layer.down_proj,
                 &adapters.down_proj,

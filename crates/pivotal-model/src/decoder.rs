@@ -280,7 +280,11 @@ impl Decoder {
         self.config.rms_norm_eps as f32
     }
 
-    pub(crate) fn check(&self, pack: &Pack) -> Result<()> {
+    /// Whether a pack fits the model: what [`Decoder::hidden`] checks first.
+    ///
+    /// # Errors
+    /// [`Error::TokenOutOfRange`](crate::Error::TokenOutOfRange), [`Error::SequenceTooLong`](crate::Error::SequenceTooLong).
+    pub fn check(&self, pack: &Pack) -> Result<()> {
         self.config.check_tokens(&pack.token_ids)?;
         self.config.check_length(
             pack.position_ids

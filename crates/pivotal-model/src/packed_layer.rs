@@ -1,7 +1,7 @@
 //! A decoder's weights packed for decoding, and adapters that ride on them.
 
 use burn::tensor::Tensor;
-use pivotal_kernels::{PackedWeight, Precision, add_into};
+use pivotal_kernels::{GATE_BLOCK, PackedWeight, Precision, add_into};
 
 use crate::decode::sized;
 use crate::decoder::{Decoder, Layer};
@@ -75,7 +75,7 @@ impl PackedLayer {
             qkv: pack(&[&layer.q_proj, &layer.k_proj, &layer.v_proj]),
             o_proj: pack(&[&layer.o_proj]),
             post_attention_layernorm: values(&layer.post_attention_layernorm),
-            gate_up: pack(&[&layer.gate_proj, &layer.up_proj]),
+            gate_up: PackedLinear::gated(&layer.gate_proj, &layer.up_proj, precision, merge),
             down_proj: pack(&[&layer.down_proj]),
         }
     }
@@ -83,18 +83,29 @@ impl PackedLayer {
 
 impl PackedLinear {
     fn new(projections: &[&Projection], precision: Precision, merge: bool) -> Self {
-        let mut rows = Vec::new();
-        for projection in projections {
-            rows.extend(match merge {
-                true => values(&projection.merged_weight()),
-                false => values(&off_tape(projection.weight.tensor())),
-            });
-        }
+        let rows: Vec<f32> = projections
+            .iter()
+            .flat_map(|projection| weight_rows(projection, merge))
+            .collect();
         let biases = projections.iter().filter_map(|p| p.bias.as_ref());
         let inputs = projections[0].shape()[1];
         Self {
             weight: PackedWeight::new(&rows, rows.len() / inputs, inputs, precision),
             bias: biases.flat_map(values).collect(),
+        }
+    }
+
+    /// The outputs as [`swiglu_interleaved_forward`](pivotal_kernels::swiglu_interleaved_forward) reads them.
+    fn gated(gate: &Projection, up: &Projection, precision: Precision, merge: bool) -> Self {
+        let [outputs, inputs] = gate.shape();
+        let rows = interleaved(&weight_rows(gate, merge), &weight_rows(up, merge), inputs);
+        let bias = match (&gate.bias, &up.bias) {
+            (Some(gate), Some(up)) => interleaved(&values(gate), &values(up), 1),
+            _ => Vec::new(),
+        };
+        Self {
+            weight: PackedWeight::new(&rows, 2 * outputs, inputs, precision),
+            bias,
         }
     }
 
@@ -127,7 +138,7 @@ impl LayerAdapters {
         Self {
             qkv: pack(&[&layer.q_proj, &layer.k_proj, &layer.v_proj]),
             o_proj: pack(&[&layer.o_proj]),
-            gate_up: pack(&[&layer.gate_proj, &layer.up_proj]),
+            gate_up: PackedAdapter::gated(&layer.gate_proj, &layer.up_proj, precision),
             down_proj: pack(&[&layer.down_proj]),
         }
     }
@@ -149,6 +160,23 @@ impl LayerAdapters {
 
 impl PackedAdapter {
     fn new(projections: &[&Projection], precision: Precision) -> Option<Self> {
+        Self::ordered(projections, precision, |diagonal, _| diagonal)
+    }
+
+    /// The outputs interleaved, as [`PackedLinear::gated`] has them.
+    fn gated(gate: &Projection, up: &Projection, precision: Precision) -> Option<Self> {
+        Self::ordered(&[gate, up], precision, |diagonal, ranks| {
+            let (gate, up) = diagonal.split_at(diagonal.len() / 2);
+            interleaved(gate, up, ranks)
+        })
+    }
+
+    /// `order` gets `scale · B`, `[outputs, ranks]`, and the ranks.
+    fn ordered(
+        projections: &[&Projection],
+        precision: Precision,
+        order: impl FnOnce(Vec<f32>, usize) -> Vec<f32>,
+    ) -> Option<Self> {
         let rank = |p: &Projection| p.adapter.as_ref().map_or(0, |low| low.a.dims()[0]);
         let ranks: usize = projections.iter().map(|p| rank(p)).sum();
         if ranks == 0 {
@@ -173,11 +201,28 @@ impl PackedAdapter {
                 first += rank;
             }
         }
+        let diagonal = order(diagonal, ranks);
         Some(Self {
             a: PackedWeight::replaceable(&below, ranks, inputs, precision),
             b: PackedWeight::replaceable(&diagonal, outputs, ranks, precision),
         })
     }
+}
+
+fn weight_rows(projection: &Projection, merge: bool) -> Vec<f32> {
+    match merge {
+        true => values(&projection.merged_weight()),
+        false => values(&off_tape(projection.weight.tensor())),
+    }
+}
+
+/// [`GATE_BLOCK`] rows of gates, their ups, the next gates, and so on; rows are `width` long.
+fn interleaved(gates: &[f32], ups: &[f32], width: usize) -> Vec<f32> {
+    let block = (GATE_BLOCK * width).max(1);
+    let blocks = gates.chunks(block).zip(ups.chunks(block));
+    blocks
+        .flat_map(|(gates, ups)| [gates, ups].concat())
+        .collect()
 }
 
 fn values<const D: usize>(tensor: &Tensor<D>) -> Vec<f32> {

@@ -103,7 +103,7 @@ pub struct DpoMetrics {
     pub chosen_kept_fraction: f64,
     /// Kept share of the rejected responses' tokens.
     pub rejected_kept_fraction: f64,
-    /// Tokens that went through the policy, a pair's prompt once.
+    /// Tokens of the pairs, a pair's prompt once.
     #[serde(default)]
     pub tokens: usize,
     /// Norm of the gradient before clipping; 0 until the step is taken.
@@ -195,6 +195,7 @@ impl StepSums {
             false => {
                 let index = response_index(&pack, &gathers)?;
                 let measures_dropped = objective.measures_dropped(self.step);
+                policy.check(&pack)?;
                 // What is measured of dropped tokens needs all states, the loss those before its last token.
                 let (pack, gathers) = match measures_dropped {
                     true => (pack, gathers),

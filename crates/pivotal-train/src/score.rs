@@ -77,6 +77,7 @@ pub(crate) fn token_logps_told(
         if gathers.is_empty() {
             all.extend(groups.iter().map(|_| Vec::new()));
         } else {
+            decoder.check(&pack)?;
             let (pack, gathers) = pack.needed_by(&gathers);
             let logps = values(decoder.token_logps(&decoder.hidden(&pack)?, &gathers));
             all.extend(split(groups, &logps));
@@ -182,6 +183,29 @@ mod tests {
     use super::*;
     use burn::tensor::Device;
     use pivotal_model::{HeadInit, load};
+
+    #[test]
+    fn a_last_token_that_is_not_computed_is_checked_all_the_same() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../pivotal-model/tests/golden/llama");
+        let precision = pivotal_ops::Precision::F32;
+        let decoder = load(&path).unwrap();
+        let decoder = Decoder::from_checkpoint(&decoder, &Device::flex(), precision).unwrap();
+        let config = decoder.config();
+        let long = vec![3; config.max_positions];
+        let unknown = [4, config.vocab_size as u32];
+        for (response, fits) in [
+            (&long[1..], true),
+            (&long[..], false),
+            (&unknown[..], false),
+        ] {
+            let group = Group {
+                prompt: &[5],
+                responses: vec![response],
+            };
+            assert_eq!(token_logps(&decoder, &[group], 1).is_ok(), fits);
+        }
+    }
 
     #[test]
     fn scoring_tells_after_each_pass_how_far_it_is() {

@@ -69,6 +69,7 @@ pub fn gradients(
         if gathers.is_empty() {
             continue;
         }
+        policy.check(&pack)?;
         let (pack, gathers) = pack.needed_by(&gathers);
         let recomputed = settings.activations.recomputed_layers(policy, pack.len());
         let pass = policy.forward(&pack, recomputed)?;

@@ -86,6 +86,7 @@ pub(super) fn baseline(
             continue;
         }
         let index = response_index(&pack, &gathers)?;
+        policy.check(&pack)?;
         let (pack, gathers) = pack.needed_by(&gathers);
         let all = TokenMask::all(gathers.len());
         let sums = |logps| kept_sums(logps, &index, &all, Normalisation::Sum).map(values);

@@ -69,7 +69,8 @@ table! {
         /// For kto: what a rejected response weighs.
         "undesirable-weight" undesirable_weight: f64 = 1.0,
         /// Steps between measurements of the dropped tokens' log-probabilities, for the metrics alone; 0 takes none.
-        /// One costs the vocabulary's projection of these tokens, forward alone; their hidden states are there.
+        /// One costs the tokens after the last kept one of each response, forward and backward, and the vocabulary's projection of
+        /// the dropped ones.
         "dropped-every" dropped_every: u64 = 10,
         /// For tdpo2: what the divergences from the reference weigh, α; at least 0, and 0 is dpo.
         "tdpo-alpha" tdpo_alpha: f64 = 0.5,
