@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::cached::{CachedContext, attend_cached};
+use crate::rope::RopeTable;
 use crate::testing::{assert_close, on_each, on_each_vector, on_threads, random, widen};
 
 // Two f32 softmaxes over up to 150 keys, summed in different orders.
