@@ -3,10 +3,10 @@
 //! Keys lie in blocks of 16 positions, transposed, so that a block's scores are 16 sums side by side; values lie position by
 //! position. A prompt's cache is read once for several of its samples: their queries are rows of one small product.
 
-#[cfg(target_arch = "x86_64")]
-use crate::key_values_avx512;
 use std::ops::Range;
 
+#[cfg(target_arch = "x86_64")]
+use crate::key_values_avx512;
 use crate::lanes::{LANES, Lanes, exp_shifted, maximum, sum};
 use crate::matmul::Precision;
 #[cfg(target_arch = "x86_64")]

@@ -73,7 +73,7 @@ mod vocabulary_kl;
 pub use attention::{AttentionInput, attention, attention_forward};
 pub use attention_backward::{AttentionSaved, attention_backward};
 pub use cached::{CachedContext, attend_cached};
-pub use columns::{add_into, split_columns};
+pub use columns::add_into;
 pub use frozen::{
     FrozenGradients, FrozenGroup, FrozenLinear, FrozenMlp, FrozenOutputs, FrozenPanels,
     FrozenSaved, FrozenWanted, LowRankUpdate, MlpGradients, MlpOutputs, MlpSaved, MlpWanted,

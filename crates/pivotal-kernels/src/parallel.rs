@@ -10,8 +10,6 @@ use crate::team::{Hands, LastOf, hands};
 /// Scalar operations below which handing work to another thread costs more than it saves (a rayon join is a few
 /// microseconds; a core does about 10 such operations a nanosecond).
 pub(crate) const SERIAL_WORK: usize = 1 << 16;
-/// The same where the other threads are awake and waiting.
-const TEAM_SERIAL_WORK: usize = 1 << 16;
 
 /// Runs `body` over `0..count` in blocks of `block`, in parallel when `work` (about the number of multiply-adds) is worth it.
 /// The blocks are the same either way.
@@ -36,11 +34,10 @@ pub(crate) fn for_each_block_of_shares(
     let range = |index: usize| index * block..(index * block + block).min(count);
     let serial = || (0..blocks).for_each(|index| body(range(index), None));
     match hands() {
-        _ if blocks <= 1 => serial(),
+        // In a team too, where handing out costs less: what is made on another core has to come from there.
+        _ if blocks <= 1 || work < SERIAL_WORK => serial(),
         Hands::Own => serial(),
-        Hands::Team(_) if work < TEAM_SERIAL_WORK => serial(),
         Hands::Team(team) => team.run(blocks, |index, last| body(range(index), last)),
-        Hands::Pool if work < SERIAL_WORK => serial(),
         Hands::Pool => (0..blocks)
             .into_par_iter()
             .for_each(|index| body(range(index), None)),

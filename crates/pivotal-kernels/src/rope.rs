@@ -338,7 +338,7 @@ mod tests {
         let table = RopeTable::new(&[1.0, 0.1, 0.01], &[0, 7, 3, 2], 1.0);
         let joined = crate::testing::random(4 * 30, 3);
         let [mut q, mut k, mut v] = [vec![0.0; 4 * 18], vec![0.0; 4 * 6], vec![0.0; 4 * 6]];
-        crate::split_columns(&joined, 4, &mut [&mut q, &mut k, &mut v]);
+        crate::testing::split_columns(&joined, 4, &mut [&mut q, &mut k, &mut v]);
         table.apply(&mut q, 3);
         table.apply(&mut k, 1);
         assert_eq!(

@@ -198,13 +198,11 @@ impl Drop for AtWork {
 
 impl Team {
     fn run(&self, blocks: usize, body: Body<'_>) {
-        let threads = self.shares.len();
+        let shares = self.shares.len();
+        let first = |index| LastOf { index, shares }.first(blocks);
         for (index, share) in self.shares.iter().enumerate() {
-            share
-                .next
-                .store(index * blocks / threads, Ordering::Relaxed);
-            let end = (index + 1) * blocks / threads;
-            share.end.store(end, Ordering::Relaxed);
+            share.next.store(first(index), Ordering::Relaxed);
+            share.end.store(first(index + 1), Ordering::Relaxed);
         }
         // SAFETY: not open and nobody busy, or the last `run` would not have returned: no helper reads it now. `piece` sees to
         // it that none does once `body` is gone.

@@ -130,3 +130,17 @@ pub(crate) fn on_threads<T: Send>(threads: usize, body: impl FnOnce() -> T + Sen
 pub(crate) fn widen(x: &[f32]) -> Vec<f64> {
     x.iter().map(|&x| f64::from(x)).collect()
 }
+
+/// Copies columns of `joined` `[rows, all widths]` into `parts`, one after the other; a part is `[rows, width]`.
+pub(crate) fn split_columns(joined: &[f32], rows: usize, parts: &mut [&mut [f32]]) {
+    let width = joined.len() / rows.max(1);
+    let mut first = 0;
+    for part in parts {
+        let own = part.len() / rows.max(1);
+        for (row, part) in part.chunks_exact_mut(own.max(1)).enumerate() {
+            part.copy_from_slice(&joined[row * width + first..][..own]);
+        }
+        first += own;
+    }
+    assert_eq!(first, width);
+}

@@ -280,11 +280,16 @@ impl Decoder {
         self.config.rms_norm_eps as f32
     }
 
-    /// Whether a pack fits the model: what [`Decoder::hidden`] checks first.
+    /// [`Pack::needed_by`] of a pack that fits the model whole: what is left out is checked as if it were computed.
     ///
     /// # Errors
     /// [`Error::TokenOutOfRange`](crate::Error::TokenOutOfRange), [`Error::SequenceTooLong`](crate::Error::SequenceTooLong).
-    pub fn check(&self, pack: &Pack) -> Result<()> {
+    pub fn needed(&self, pack: &Pack, gathers: &[Gather]) -> Result<(Pack, Vec<Gather>)> {
+        self.check(pack)?;
+        Ok(pack.needed_by(gathers))
+    }
+
+    pub(crate) fn check(&self, pack: &Pack) -> Result<()> {
         self.config.check_tokens(&pack.token_ids)?;
         self.config.check_length(
             pack.position_ids

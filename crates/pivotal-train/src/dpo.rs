@@ -195,11 +195,10 @@ impl StepSums {
             false => {
                 let index = response_index(&pack, &gathers)?;
                 let measures_dropped = objective.measures_dropped(self.step);
-                policy.check(&pack)?;
                 // What is measured of dropped tokens needs all states, the loss those before its last token.
                 let (pack, gathers) = match measures_dropped {
                     true => (pack, gathers),
-                    false => pack.needed_by(&gathers),
+                    false => policy.needed(&pack, &gathers)?,
                 };
                 let recomputed = activations.recomputed_layers(policy, pack.len());
                 let pass = pass.insert(policy.forward(&pack, recomputed)?);

@@ -77,8 +77,7 @@ pub(crate) fn token_logps_told(
         if gathers.is_empty() {
             all.extend(groups.iter().map(|_| Vec::new()));
         } else {
-            decoder.check(&pack)?;
-            let (pack, gathers) = pack.needed_by(&gathers);
+            let (pack, gathers) = decoder.needed(&pack, &gathers)?;
             let logps = values(decoder.token_logps(&decoder.hidden(&pack)?, &gathers));
             all.extend(split(groups, &logps));
         }
@@ -184,13 +183,17 @@ mod tests {
     use burn::tensor::Device;
     use pivotal_model::{HeadInit, load};
 
-    #[test]
-    fn a_last_token_that_is_not_computed_is_checked_all_the_same() {
+    fn decoder() -> Decoder {
         let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
             .join("../pivotal-model/tests/golden/llama");
+        let checkpoint = load(&path).unwrap();
         let precision = pivotal_ops::Precision::F32;
-        let decoder = load(&path).unwrap();
-        let decoder = Decoder::from_checkpoint(&decoder, &Device::flex(), precision).unwrap();
+        Decoder::from_checkpoint(&checkpoint, &Device::flex(), precision).unwrap()
+    }
+
+    #[test]
+    fn a_last_token_that_is_not_computed_is_checked_all_the_same() {
+        let decoder = decoder();
         let config = decoder.config();
         let long = vec![3; config.max_positions];
         let unknown = [4, config.vocab_size as u32];
@@ -209,11 +212,7 @@ mod tests {
 
     #[test]
     fn scoring_tells_after_each_pass_how_far_it_is() {
-        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("../pivotal-model/tests/golden/llama");
-        let precision = pivotal_ops::Precision::F32;
-        let checkpoint = load(&path).unwrap();
-        let decoder = Decoder::from_checkpoint(&checkpoint, &Device::flex(), precision).unwrap();
+        let decoder = decoder();
         let group = |responses: usize| Group {
             prompt: &[3, 4],
             responses: vec![&[5, 6, 7]; responses],

@@ -69,8 +69,7 @@ pub fn gradients(
         if gathers.is_empty() {
             continue;
         }
-        policy.check(&pack)?;
-        let (pack, gathers) = pack.needed_by(&gathers);
+        let (pack, gathers) = policy.needed(&pack, &gathers)?;
         let recomputed = settings.activations.recomputed_layers(policy, pack.len());
         let pass = policy.forward(&pack, recomputed)?;
         let logps = policy.token_logps(&pass.hidden, &gathers);

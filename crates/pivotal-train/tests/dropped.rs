@@ -217,6 +217,7 @@ fn tokens_after_the_last_kept_one_have_no_part_in_the_gradient() {
         for ((tensor, without), (same, with)) in without.iter().zip(&with) {
             assert_eq!(tensor, same);
             for (a, b) in without.values().iter().zip(with.values()) {
+                // Sums over other numbers of rows, of which the added ones are zero: f32 in another order.
                 assert!((a - b).abs() < 1e-6, "{name}, {tensor}: {a}, not {b}");
                 norm += f64::from(b * b);
             }

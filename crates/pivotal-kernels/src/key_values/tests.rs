@@ -191,7 +191,7 @@ fn appending_is_the_steps_one_by_one() {
 
             let [mut q, mut k, mut v] =
                 [queries, width, width].map(|width| vec![0.0; sequences * width]);
-            crate::split_columns(&joined, sequences, &mut [&mut q, &mut k, &mut v]);
+            crate::testing::split_columns(&joined, sequences, &mut [&mut q, &mut k, &mut v]);
             rope.apply(&mut q, shape.heads);
             rope.apply(&mut k, shape.kv_heads);
             let mut expected = before.clone();

@@ -86,8 +86,7 @@ pub(super) fn baseline(
             continue;
         }
         let index = response_index(&pack, &gathers)?;
-        policy.check(&pack)?;
-        let (pack, gathers) = pack.needed_by(&gathers);
+        let (pack, gathers) = policy.needed(&pack, &gathers)?;
         let all = TokenMask::all(gathers.len());
         let sums = |logps| kept_sums(logps, &index, &all, Normalisation::Sum).map(values);
         ours.extend(sums(policy.token_logps(&policy.hidden(&pack)?, &gathers))?);

@@ -79,9 +79,7 @@ fn score(model: &Decoder, pairs: &[TokenizedPair]) -> Result<Vec<Vec<Vec<f32>>>,
 fn work(bench: &Bench, steps: &Steps) -> Work {
     let mut work = Work::default();
     for index in steps.indices() {
-        let pair = &bench.subject.pairs[index];
-        let sides = [&pair.chosen, &pair.rejected].map(|ids| vec![true; ids.len()]);
-        work.add_kept(pair.prompt.len(), &[&sides[0], &sides[1]]);
+        work.add_scored(&bench.subject.pairs[index]);
     }
     work
 }

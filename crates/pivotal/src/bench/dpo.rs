@@ -102,9 +102,7 @@ fn needed(bench: &Bench, steps: &Steps, items: &[DpoItem]) -> Flops {
         training.add_kept(pair.prompt.len(), &sides);
     }
     for index in steps.distinct() {
-        let pair = &items[index].pair;
-        let sides = [&pair.chosen, &pair.rejected].map(|ids| vec![true; ids.len()]);
-        reference.add_kept(pair.prompt.len(), &[&sides[0], &sides[1]]);
+        reference.add_scored(&items[index].pair);
     }
     let config = bench.subject.base.config();
     let rank = bench.settings.lora_rank;

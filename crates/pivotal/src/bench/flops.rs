@@ -3,6 +3,7 @@
 //! A product of `[m, k]` and `[k, n]` is `2·m·k·n` operations. Nothing is counted for norms, activations, the softmax or
 //! the optimizer, and nothing for what is computed twice to save memory.
 
+use pivotal_core::TokenizedPair;
 use pivotal_model::DecoderConfig;
 
 /// What a batch asks of the model.
@@ -27,6 +28,12 @@ impl Work {
         let responses: Vec<_> = responses.iter().map(needed).collect();
         let is_needed = responses.iter().any(|&(_, kept)| kept > 0);
         self.add(if is_needed { prompt } else { 0 }, &responses);
+    }
+
+    /// [`Work::add_kept`] of a pair whose every response token is kept.
+    pub(crate) fn add_scored(&mut self, pair: &TokenizedPair) {
+        let sides = [&pair.chosen, &pair.rejected].map(|ids| vec![true; ids.len()]);
+        self.add_kept(pair.prompt.len(), &[&sides[0], &sides[1]]);
     }
 
     /// Adds a prompt with the responses that share it, `(tokens, kept)` each.
