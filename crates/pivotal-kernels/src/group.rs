@@ -14,7 +14,7 @@ use crate::matmul::Store;
 use crate::panels::{
     COLUMNS, ROWS, TILE_ROWS, first_lanes, left_words, packed_words, padded_pairs,
 };
-use crate::parallel::{SharedOut, for_each_block};
+use crate::parallel::{EvenBlocks, SharedOut, for_each_block};
 use crate::processor::{Processor, processor};
 
 /// Rows of one task: its left panels stay in the second-level cache.
@@ -141,22 +141,29 @@ pub(crate) unsafe fn multiply_jobs_at(
     if rows == 0 || panels.is_empty() {
         return;
     }
-    let row_tasks = rows.div_ceil(TASK_ROWS);
+    let threads = rayon::current_num_threads();
+    let with_tiles = processor() == Processor::Amx;
+    // Of many rows each thread takes its own, and of few its own panels: two threads must end together.
+    let is_tall = rows >= threads * MOST_FEW_ROWS && rows > TASK_ROWS;
+    let [row_threads, panel_threads] = if is_tall { [threads, 1] } else { [1, threads] };
+    let row_unit = if with_tiles {
+        amx::BLOCK_ROWS
+    } else {
+        TILE_ROWS
+    };
+    let row_tasks = EvenBlocks::new(rows, row_unit, TASK_ROWS, row_threads);
     let task_panels = match rows <= MOST_FEW_ROWS {
-        // Few rows are bound by reading the panels, and a layer has few of them: two threads must end together.
+        // Few rows are bound by reading the panels, and a layer has few of them.
         true => (TASK_WORDS * rows * panels.len() / work.max(1)).clamp(1, TASK_PANELS),
         false => TASK_PANELS,
     };
-    let panel_tasks = panels.len().div_ceil(task_panels);
-    let with_tiles = processor() == Processor::Amx;
-    for_each_block(row_tasks * panel_tasks, 1, work, |tasks| {
+    let panel_tasks = EvenBlocks::new(panels.len(), 1, task_panels, panel_threads);
+    for_each_block(row_tasks.len() * panel_tasks.len(), 1, work, |tasks| {
         // SAFETY: this is AMX's path.
         let tiles = with_tiles.then(|| unsafe { amx::Tiles::configure() });
         for task in tasks {
-            let first_row = task / panel_tasks * TASK_ROWS;
-            let task_rows = first_row..(first_row + TASK_ROWS).min(rows);
-            let first = task % panel_tasks * task_panels;
-            for &(job, panel) in &panels[first..(first + task_panels).min(panels.len())] {
+            let task_rows = row_tasks.get(task / panel_tasks.len());
+            for &(job, panel) in &panels[panel_tasks.get(task % panel_tasks.len())] {
                 let job = &jobs[job];
                 let column = panel * COLUMNS;
                 // SAFETY: the features and the operands' lengths were asserted above; the tiles lie inside `out`, and
@@ -347,16 +354,34 @@ unsafe fn multiply_run(
                 ..tile
             };
             let pieces = &pieces[..run.len()];
-            match rows.end - row {
-                1 => multiply_tile::<1>(pieces, tile),
-                2 => multiply_tile::<2>(pieces, tile),
-                3 => multiply_tile::<3>(pieces, tile),
-                4 => multiply_tile::<4>(pieces, tile),
-                5 => multiply_tile::<5>(pieces, tile),
-                6 => multiply_tile::<6>(pieces, tile),
-                7 => multiply_tile::<7>(pieces, tile),
-                _ => multiply_tile::<8>(pieces, tile),
+            let rows = rows.end - row;
+            // Fewer columns than a panel has: those of a low-rank factor, or the last.
+            match tile.columns.div_ceil(16) {
+                1 => multiply_rows::<1>(pieces, rows, tile),
+                2 => multiply_rows::<2>(pieces, rows, tile),
+                _ => multiply_rows::<3>(pieces, rows, tile),
             }
+        }
+    }
+}
+
+/// At most 8 of so many rows times `V` vectors of columns.
+///
+/// # Safety
+/// As for [`multiply_tile`].
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn multiply_rows<const V: usize>(pieces: &[Piece], rows: usize, tile: Tile) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        match rows {
+            1 => multiply_tile::<1, V>(pieces, tile),
+            2 => multiply_tile::<2, V>(pieces, tile),
+            3 => multiply_tile::<3, V>(pieces, tile),
+            4 => multiply_tile::<4, V>(pieces, tile),
+            5 => multiply_tile::<5, V>(pieces, tile),
+            6 => multiply_tile::<6, V>(pieces, tile),
+            7 => multiply_tile::<7, V>(pieces, tile),
+            _ => multiply_tile::<8, V>(pieces, tile),
         }
     }
 }
@@ -414,28 +439,23 @@ unsafe fn multiply_run_amx(
     }
 }
 
-/// `R` rows times 48 columns over all pieces.
+/// `R` rows times `V` vectors of columns over all pieces.
 ///
 /// # Safety
-/// Each piece has `pairs` times 8 words on the left and `pairs` times 48 on the right; the tile's `R` rows of `columns` floats
-/// are the caller's.
+/// Each piece has `pairs` times 8 words on the left and `pairs` times 48 on the right; the tile's `R` rows of `columns` floats, of
+/// which `V` vectors are enough, are the caller's.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn multiply_tile<const R: usize>(pieces: &[Piece], tile: Tile) {
-    let mut sums = [[_mm512_setzero_ps(); 3]; R];
+unsafe fn multiply_tile<const R: usize, const V: usize>(pieces: &[Piece], tile: Tile) {
+    let mut sums = [[_mm512_setzero_ps(); V]; R];
     for piece in pieces {
         for pair in 0..piece.pairs {
-            // SAFETY: pair < pairs, so the three vectors and `R` words lie inside the panels.
+            // SAFETY: pair < pairs and V <= 3, so the `V` vectors and `R` words lie inside the panels.
             unsafe {
                 let right = piece.right.add(pair * COLUMNS);
-                let columns: [__m512bh; 3] = [
-                    std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(right.cast())),
-                    std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(
-                        right.add(16).cast(),
-                    )),
-                    std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(
-                        right.add(32).cast(),
-                    )),
-                ];
+                let columns: [__m512bh; V] = std::array::from_fn(|vector| {
+                    let words = _mm512_loadu_si512(right.add(16 * vector).cast());
+                    std::mem::transmute::<__m512i, __m512bh>(words)
+                });
                 for (row, sums) in sums.iter_mut().enumerate() {
                     let word = *piece.left.add(pair * ROWS + row);
                     let word = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(

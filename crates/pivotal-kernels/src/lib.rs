@@ -6,8 +6,8 @@
 //!
 //! Matrices are row-major and dense. Wrong slice lengths panic with both numbers: they are a caller's bug, never data's.
 //!
-//! Threads come from rayon's current pool. No result depends on how many there are: work is cut into blocks whose size is
-//! fixed by the shapes, and every sum runs in one fixed order.
+//! Threads come from rayon's current pool. No result depends on how many there are: wherever work is cut, every sum runs in one
+//! order that the shapes fix.
 //!
 //! What the processor offers beyond the compile-time target (AVX-512, bf16 dot products, AMX's tiles) is found at run time; the portable
 //! path is never absent.
@@ -85,7 +85,7 @@ pub use logps::{HeadShape, TokenLogps, token_logps_backward, token_logps_forward
 pub use matmul::{Precision, ProductShape, Store, bf16_available, matmul_nn, matmul_nt, matmul_tn};
 pub use norm::{RmsNormGradients, rms_norm_backward, rms_norm_forward};
 pub use packed::PackedWeight;
-pub use parallel::{with_scratch_parts, zeros};
+pub use parallel::{EvenBlocks, with_scratch_parts, zeros};
 pub use plan::{AttentionPlan, AttentionShape, Span};
 pub use processor::{Processor, limit_processor, processor};
 pub use rope::RopeTable;

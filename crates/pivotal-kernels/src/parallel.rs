@@ -44,6 +44,64 @@ pub(crate) fn for_each_block_of_shares(
     }
 }
 
+/// Rows cut into blocks of about the same size and as many for each thread, so that threads end together.
+#[derive(Clone, Copy, Debug)]
+pub struct EvenBlocks {
+    rows: usize,
+    unit: usize,
+    blocks: usize,
+}
+
+impl EvenBlocks {
+    /// Cuts `rows` into blocks of `most` at most, which begin at multiples of `unit`; fewer than `threads` only if there are fewer units.
+    ///
+    /// # Panics
+    /// If `unit` or `threads` is 0, or `most` less than `unit`.
+    ///
+    /// # Examples
+    /// ```
+    /// use pivotal_kernels::EvenBlocks;
+    /// let blocks: Vec<_> = EvenBlocks::new(604, 32, 128, 2).iter().collect();
+    /// assert_eq!(blocks, [0..96, 96..192, 192..288, 288..384, 384..480, 480..604]);
+    /// ```
+    #[must_use]
+    pub fn new(rows: usize, unit: usize, most: usize, threads: usize) -> Self {
+        let units = rows.div_ceil(unit);
+        let blocks = units.div_ceil(threads * (most / unit)) * threads;
+        Self {
+            rows,
+            unit,
+            blocks: blocks.min(units),
+        }
+    }
+
+    /// How many there are.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "no rows, no blocks")]
+    pub fn len(&self) -> usize {
+        self.blocks
+    }
+
+    /// The rows of block `index`.
+    pub(crate) fn get(&self, index: usize) -> Range<usize> {
+        let units = self.rows.div_ceil(self.unit);
+        let start = |block: usize| (block * units / self.blocks * self.unit).min(self.rows);
+        start(index)..start(index + 1)
+    }
+
+    /// The blocks in order.
+    pub fn iter(self) -> impl Iterator<Item = Range<usize>> {
+        (0..self.blocks).map(move |index| self.get(index))
+    }
+
+    /// [`for_each_block`] of these.
+    pub(crate) fn for_each(self, work: usize, body: impl Fn(Range<usize>) + Sync + Send) {
+        for_each_block(self.blocks, 1, work, |blocks| {
+            blocks.for_each(|index| body(self.get(index)));
+        });
+    }
+}
+
 /// Rows a block should hold so that one block of rows of `width` is worth a task of its own.
 pub(crate) fn rows_per_block(width: usize) -> usize {
     (8192 / width.max(1)).max(1)
@@ -215,6 +273,29 @@ mod tests {
                     range.for_each(|index| seen.lock().unwrap()[index] += 1);
                 });
                 assert!(seen.into_inner().unwrap().iter().all(|&times| times == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn even_blocks_tile_the_rows() {
+        for rows in [0, 1, 15, 65, 97, 340, 1000, 1024, 2347] {
+            for (threads, unit, most) in [(1, 16, 96), (2, 32, 128), (3, 8, 100), (16, 16, 96)] {
+                let cut = EvenBlocks::new(rows, unit, most, threads);
+                let blocks: Vec<_> = cut.iter().collect();
+                let mut end = 0;
+                for block in &blocks {
+                    assert_eq!(block.start, end);
+                    assert!(!block.is_empty() && block.len() <= most);
+                    assert!(block.start.is_multiple_of(unit));
+                    end = block.end;
+                }
+                assert_eq!((end, blocks.len()), (rows, cut.len()));
+                let whole = &blocks[..blocks.len().saturating_sub(1)];
+                let sizes = || whole.iter().map(Range::len);
+                assert!(sizes().max() <= sizes().min().map(|least| least + unit));
+                let units = rows.div_ceil(unit);
+                assert!(blocks.len().is_multiple_of(threads) || units == blocks.len());
             }
         }
     }

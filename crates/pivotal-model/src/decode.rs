@@ -3,14 +3,13 @@
 //! The weights are packed once (an adapter merged), a prompt is read in one pass, and its keys and values are shared by
 //! all its samples. What a sequence gets does not depend on the others of its batch, bit for bit.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use pivotal_kernels::{
-    AttentionInput, AttentionPlan, AttentionShape, KeyValues, PackedWeight, Precision, RopeTable,
-    Span, StepContext, add_into, append_step, attend_step, attention_forward, rms_norm_forward,
-    swiglu_interleaved_forward, with_scratch_parts, with_team,
+    AttentionInput, AttentionPlan, AttentionShape, EvenBlocks, KeyValues, PackedWeight, Precision,
+    RopeTable, Span, StepContext, add_into, append_step, attend_step, attention_forward,
+    rms_norm_forward, swiglu_interleaved_forward, with_scratch_parts, with_team,
 };
 use rayon::prelude::*;
 
@@ -27,6 +26,8 @@ const PREFILL_TOKENS: usize = 1024;
 const MOST_STEP_ROWS: usize = 64;
 /// Of more rows each thread takes so many through the whole half, so that what is between the products stays in its caches.
 const BLOCK_ROWS: usize = 96;
+/// Rows that products take together on some processor: cut elsewhere, they would take fewer twice.
+const TILE_ROWS: usize = 16;
 
 /// A decoder's weights laid out for decoding on the processor.
 ///
@@ -366,7 +367,8 @@ impl Generator {
                 after(x, attended);
             } else {
                 let (mut rest, mut parts) = (&mut x[..], Vec::new());
-                for block in row_blocks(rows, rayon::current_num_threads()) {
+                let threads = rayon::current_num_threads();
+                for block in EvenBlocks::new(rows, TILE_ROWS, BLOCK_ROWS, threads).iter() {
                     let (part, others) = rest.split_at_mut(block.len() * hidden);
                     parts.push((part, &attended[block.start * queries..block.end * queries]));
                     rest = others;
@@ -487,43 +489,8 @@ impl Sequence {
     }
 }
 
-/// Cuts rows into blocks of [`BLOCK_ROWS`] at most, of about the same size and as many for each thread, so that threads end together.
-fn row_blocks(rows: usize, threads: usize) -> impl Iterator<Item = Range<usize>> {
-    /// Rows that products take together on some processor: cut elsewhere, they would take fewer twice.
-    const TILE: usize = 16;
-    let tiles = rows.div_ceil(TILE);
-    let blocks = (rows.div_ceil(threads * BLOCK_ROWS) * threads).min(tiles);
-    let start = move |block: usize| (block * tiles / blocks * TILE).min(rows);
-    (0..blocks).map(move |block| start(block)..start(block + 1))
-}
-
 /// `buffer` with room for `len` elements, whatever they hold.
 pub(crate) fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
     buffer.resize(len, 0.0);
     buffer
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn blocks_of_rows_tile_them_evenly() {
-        for rows in [1, 15, 65, 97, 340, 1000, 1024, 2347] {
-            for threads in [1, 2, 3, 16] {
-                let blocks: Vec<_> = row_blocks(rows, threads).collect();
-                let mut end = 0;
-                for block in &blocks {
-                    assert_eq!(block.start, end);
-                    assert!(!block.is_empty() && block.len() <= BLOCK_ROWS);
-                    end = block.end;
-                }
-                assert_eq!(end, rows);
-                let whole = &blocks[..blocks.len() - 1];
-                let sizes = || whole.iter().map(Range::len);
-                assert!(sizes().max() <= sizes().min().map(|least| least + 16));
-                assert!(blocks.len().is_multiple_of(threads) || rows < 16 * blocks.len() + 16);
-            }
-        }
-    }
 }

@@ -6,8 +6,9 @@
 use std::collections::BTreeMap;
 
 use burn::optim::{AdamW, AdamWConfig, AdamWState, AdaptiveMomentumState, Optimizer};
-use burn::tensor::{Gradients, Tensor, TensorData};
+use burn::tensor::{Device, Gradients, Tensor, TensorData};
 use pivotal_model::{Decoder, ForwardPass, HostTensor, Parameter, Parameters};
+use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::settings::OptimizerSettings;
@@ -84,15 +85,8 @@ impl GradientSum {
 
     /// The Euclidean norm over all gradients, in f64, and in the order of the names.
     pub fn norm(&self) -> f64 {
-        let matrices = self
-            .matrices
-            .values()
-            .map(|gradient| square_sum(gradient.clone()));
-        let vectors = self
-            .vectors
-            .values()
-            .map(|gradient| square_sum(gradient.clone()));
-        matrices.chain(vectors).sum::<f64>().sqrt()
+        let sums = [square_sums(&self.matrices), square_sums(&self.vectors)];
+        sums.iter().flatten().sum::<f64>().sqrt()
     }
 }
 
@@ -106,6 +100,13 @@ fn accumulate<const D: usize>(
         None => gradient,
     };
     sums.insert(name.to_owned(), sum);
+}
+
+/// Sums of squares, one a tensor.
+fn square_sums<const D: usize>(tensors: &BTreeMap<String, Tensor<D>>) -> Vec<f64> {
+    let tensors: Vec<_> = tensors.values().cloned().collect();
+    let device = tensors.first().map(Tensor::device);
+    each(tensors, device, square_sum)
 }
 
 fn square_sum<const D: usize>(tensor: Tensor<D>) -> f64 {
@@ -157,31 +158,35 @@ impl NamedAdamW {
             true => Some(self.clip_norm / norm),
             false => None,
         };
+        let (mut matrices, mut vectors) = (Vec::new(), Vec::new());
         model.visit_parameters(&mut |name, parameter| match parameter {
             Parameter::Matrix(tensor) => {
-                if let Some(gradient) = gradients.matrices.remove(name) {
-                    update(
-                        &self.rule,
-                        &mut self.matrices,
-                        name,
-                        tensor,
-                        gradient,
-                        shrink,
-                        lr,
-                    );
+                let gradient = gradients.matrices.remove(name);
+                matrices.extend(gradient.map(|gradient| {
+                    Update::take(name, tensor, gradient, self.matrices.remove(name))
+                }));
+            }
+            Parameter::Vector(tensor) => {
+                let gradient = gradients.vectors.remove(name);
+                vectors.extend(gradient.map(|gradient| {
+                    Update::take(name, tensor, gradient, self.vectors.remove(name))
+                }));
+            }
+            Parameter::Packed(_) => {}
+        });
+        let mut matrices = updated(matrices, &self.rule, shrink, lr);
+        let mut vectors = updated(vectors, &self.rule, shrink, lr);
+        model.visit_parameters(&mut |name, parameter| match parameter {
+            Parameter::Matrix(tensor) => {
+                if let Some((value, state)) = matrices.remove(name) {
+                    *tensor = value;
+                    self.matrices.insert(name.to_owned(), state);
                 }
             }
             Parameter::Vector(tensor) => {
-                if let Some(gradient) = gradients.vectors.remove(name) {
-                    update(
-                        &self.rule,
-                        &mut self.vectors,
-                        name,
-                        tensor,
-                        gradient,
-                        shrink,
-                        lr,
-                    );
+                if let Some((value, state)) = vectors.remove(name) {
+                    *tensor = value;
+                    self.vectors.insert(name.to_owned(), state);
                 }
             }
             Parameter::Packed(_) => {}
@@ -263,33 +268,79 @@ impl NamedAdamW {
     }
 }
 
-fn update<const D: usize>(
-    rule: &AdamW,
-    states: &mut BTreeMap<String, AdamWState<D>>,
-    name: &str,
-    tensor: &mut Tensor<D>,
+/// What becomes of one parameter in a step.
+struct Update<const D: usize> {
+    name: String,
+    value: Tensor<D>,
     gradient: Tensor<D>,
+    state: Option<AdamWState<D>>,
+}
+
+impl<const D: usize> Update<D> {
+    /// Takes the parameter out of its model, so that no step holds old and new values of all of them.
+    fn take(
+        name: &str,
+        tensor: &mut Tensor<D>,
+        gradient: Tensor<D>,
+        state: Option<AdamWState<D>>,
+    ) -> Self {
+        let nothing = Tensor::empty([0; D], &tensor.device());
+        Self {
+            name: name.to_owned(),
+            value: std::mem::replace(tensor, nothing).without_autodiff(),
+            gradient,
+            state,
+        }
+    }
+
+    /// The parameter's name, its next value and its moments.
+    fn run(self, rule: &AdamW, shrink: Option<f64>, lr: f64) -> (String, Moved<D>) {
+        let gradient = match shrink {
+            Some(factor) => self.gradient.mul_scalar(factor),
+            None => self.gradient,
+        };
+        let device = self.value.device();
+        // Moments out of a checkpoint are in host memory until their first step.
+        let state = self.state.map(|state| {
+            let there = state.momentum.moment_1.device() == device;
+            if there {
+                state
+            } else {
+                AdamW::to_device(state, &device)
+            }
+        });
+        let (value, state) = rule.step(lr, self.value, gradient, state);
+        let state = state.expect("AdamW has moments");
+        (self.name, (value.autodiff().require_grad(), state))
+    }
+}
+
+/// A parameter's value after a step, and its moments.
+type Moved<const D: usize> = (Tensor<D>, AdamWState<D>);
+
+/// All updates by name.
+fn updated<const D: usize>(
+    updates: Vec<Update<D>>,
+    rule: &AdamW,
     shrink: Option<f64>,
     lr: f64,
-) {
-    let gradient = match shrink {
-        Some(factor) => gradient.mul_scalar(factor),
-        None => gradient,
-    };
-    let value = tensor.clone().without_autodiff();
-    let device = value.device();
-    // Moments out of a checkpoint are in host memory until their first step.
-    let state = states.remove(name).map(|state| {
-        let there = state.momentum.moment_1.device() == device;
-        if there {
-            state
-        } else {
-            AdamW::to_device(state, &device)
-        }
-    });
-    let (value, state) = rule.step(lr, value, gradient, state);
-    *tensor = value.autodiff().require_grad();
-    states.extend(state.map(|state| (name.to_owned(), state)));
+) -> BTreeMap<String, Moved<D>> {
+    let device = updates.first().map(|update| update.value.device());
+    let run = |update: Update<D>| update.run(rule, shrink, lr);
+    each(updates, device, run).into_iter().collect()
+}
+
+/// What `body` makes of tensors of `device`, in their order: several at once on the processor, where one is too small a piece for
+/// all threads.
+fn each<T: Send, U: Send>(
+    items: Vec<T>,
+    device: Option<Device>,
+    body: impl Fn(T) -> U + Send + Sync,
+) -> Vec<U> {
+    match device == Some(Device::flex()) {
+        true => items.into_par_iter().map(body).collect(),
+        false => items.into_iter().map(body).collect(),
+    }
 }
 
 fn export<const D: usize>(
@@ -319,7 +370,7 @@ fn import<const D: usize>(
 ) -> AdamWState<D> {
     let tensor = |value: &HostTensor| {
         let data = TensorData::new(value.values().to_vec(), value.shape().to_vec());
-        Tensor::from_data(data, &burn::tensor::Device::flex())
+        Tensor::from_data(data, &Device::flex())
     };
     AdamWState::new(AdaptiveMomentumState::new(
         time,
@@ -341,7 +392,7 @@ mod tests {
     }
 
     fn model(shape: [usize; 2]) -> Model {
-        let tensor = Tensor::ones(shape, &burn::tensor::Device::flex());
+        let tensor = Tensor::ones(shape, &Device::flex());
         Model([tensor.autodiff().require_grad()])
     }
 

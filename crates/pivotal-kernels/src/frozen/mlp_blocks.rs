@@ -14,7 +14,7 @@ use super::{FrozenGroup, FrozenLinear, FrozenMlp, Group, scale};
 use crate::group::{Multiplier, Segment};
 use crate::norm::{row_rstd, scale_row};
 use crate::panels::{BlockRows, left_words, padded_pairs};
-use crate::parallel::{SharedOut, for_each_block, with_scratch_parts, written};
+use crate::parallel::{EvenBlocks, SharedOut, with_scratch_parts, written};
 use crate::processor::{Processor, processor};
 use crate::rounded::round_row;
 use crate::swiglu::gate_row_in_place;
@@ -30,17 +30,9 @@ const UNIT: usize = 32;
 /// Rows of a block, at most: what it needs then takes 1.5 MiB of a model as wide as SmolLM2-135M.
 const FORWARD_ROWS: usize = 256;
 
-/// Rows of a block: as many as `most` in whole units, and fewer where the threads would otherwise not end together.
-fn block_rows(rows: usize, most: usize) -> usize {
-    /// What a block costs besides its rows, in rows: the weights come from beyond the second-level cache.
-    const WEIGHTS: usize = 24;
-    let threads = rayon::current_num_threads();
-    let cost = |block: &usize| rows.div_ceil(*block).div_ceil(threads) * (block + WEIGHTS);
-    (1..=most / UNIT)
-        .rev()
-        .map(|units| units * UNIT)
-        .min_by_key(cost)
-        .unwrap_or(UNIT)
+/// Blocks of whole units, for the threads at hand.
+fn row_blocks(rows: usize, most: usize) -> EvenBlocks {
+    EvenBlocks::new(rows, UNIT, most, rayon::current_num_threads())
 }
 
 /// Columns of the chunks of `inner` columns.
@@ -240,8 +232,8 @@ pub(super) fn forward(mlp: &FrozenMlp<'_>, x: &[f32], rows: usize, keep: bool) -
                     down,
                     out,
                 };
-                let block = block_rows(rows, FORWARD_ROWS);
-                for_each_block(rows, block, 3 * rows * hidden * inner, |rows| {
+                let blocks = row_blocks(rows, FORWARD_ROWS);
+                blocks.for_each(3 * rows * hidden * inner, |rows| {
                     // SAFETY: the blocks are disjoint rows of outputs of the lengths above.
                     unsafe { pass.block(rows) };
                 });

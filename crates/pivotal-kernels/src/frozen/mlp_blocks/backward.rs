@@ -5,11 +5,11 @@ use std::ops::Range;
 use super::super::bf16::{down_product, hidden_sources, up_gradient, with_rights};
 use super::super::mlp::{MlpGradients, MlpSaved, MlpWanted};
 use super::super::{FrozenGroup, FrozenMlp, Group, scale};
-use super::{CHUNK, UNIT, block_rows, chunks, for_normed, kept_at};
+use super::{CHUNK, UNIT, chunks, for_normed, kept_at, row_blocks};
 use crate::group::{Multiplier, Segment};
 use crate::norm::row_input_gradient;
 use crate::panels::{BlockRows, COLUMNS, Source, left_words, packed_words};
-use crate::parallel::{SharedOut, for_each_block, with_scratch_parts, written};
+use crate::parallel::{SharedOut, with_scratch_parts, written};
 use crate::processor::{Processor, processor};
 use crate::rounded::widen_row;
 use crate::swiglu::gate_row_gradient_in_place;
@@ -204,8 +204,8 @@ pub(in crate::frozen) fn backward(
                         inner: wanted.inner(),
                         out,
                     };
-                    let block = block_rows(rows, BACKWARD_ROWS);
-                    for_each_block(rows, block, 3 * rows * hidden * inner, |rows| {
+                    let blocks = row_blocks(rows, BACKWARD_ROWS);
+                    blocks.for_each(3 * rows * hidden * inner, |rows| {
                         // SAFETY: the blocks are disjoint rows, whole units but for the last one's end, of outputs of the
                         // lengths above.
                         unsafe { pass.block(rows) };
