@@ -99,7 +99,7 @@ pub(crate) fn pack<const W: usize>(source: Source<'_>, words: &mut [f32]) {
                 unsafe {
                     let (first, target) = (at * unit, target.at(at * unit * pairs).cast::<u32>());
                     if source.k_stride != 1 {
-                        pack_across_k::<W>(source, first, target);
+                        pack_across_k::<W>(source, first, target, pairs);
                         continue;
                     }
                     for group in (0..unit).step_by(GROUP) {
@@ -204,7 +204,6 @@ pub(crate) fn pack_rows(rows: usize, source: &Rows<'_>, parts: &mut [Part<'_>]) 
         })
         .collect();
     let path = processor();
-    let sum_pairs = padded_pairs(rows);
     for_each_block(rows.div_ceil(UNIT_ROWS), 1, rows * width, |units| {
         for unit in units {
             let first_row = unit * UNIT_ROWS;
@@ -237,9 +236,8 @@ pub(crate) fn pack_rows(rows: usize, source: &Rows<'_>, parts: &mut [Part<'_>]) 
                         };
                     }
                     if let Some(right) = target.right {
-                        // SAFETY: as above; `right` has whole panels of `sum_pairs` pairs, of which these 16 are this
-                        // block's own.
-                        unsafe { pack_columns(across, right, sum_pairs, first_row, 0) };
+                        // SAFETY: as above; `right` has whole panels of all rows, of which these are this block's own.
+                        unsafe { pack_columns(across, right, rows, first_row, 0) };
                     }
                 }
             };
@@ -284,23 +282,28 @@ unsafe fn pack_lines(
     }
 }
 
-/// Packs the columns of rows `first_row..`, a multiple of 32, as columns `first..`, a multiple of 48, of a right operand whose
-/// sums run over all rows.
+/// Packs the columns of rows `first_row..`, a multiple of 2, as columns `first..`, a multiple of 48, of a right operand whose sums
+/// run over `all` rows.
 ///
 /// # Safety
-/// The features are there and `source` passed `check`; `target` has its lines in panels of `pairs` pairs, of which those of
-/// these rows, rounded up to 16 pairs, are the caller's alone.
+/// The features are there and `source` passed `check`; `target` has [`packed_words`] of all columns and rows, of which the pairs
+/// of these rows are the caller's alone, and if they are the last ones all that follow.
 unsafe fn pack_columns(
     source: Source<'_>,
     target: SharedOut,
-    pairs: usize,
+    all: usize,
     first_row: usize,
     first: usize,
 ) {
+    let (pairs, first_pair) = (padded_pairs(all), first_row / 2);
+    let written = match first_row + source.k == all {
+        true => pairs - first_pair,
+        false => source.k / 2,
+    };
     for column in (0..source.lines).step_by(COLUMNS) {
-        let at = (first + column) * pairs + first_row / 2 * COLUMNS;
+        let at = (first + column) * pairs + first_pair * COLUMNS;
         // SAFETY: by the caller's promise.
-        unsafe { pack_across_k::<COLUMNS>(source, column, target.at(at).cast()) };
+        unsafe { pack_across_k::<COLUMNS>(source, column, target.at(at).cast(), written) };
     }
 }
 
@@ -334,11 +337,11 @@ impl BlockRows<'_> {
     }
 
     /// Packs them, on the calling thread, as columns `first..` of a right operand whose sums run over `all` rows, these being
-    /// rows `first_row..` of them: multiples of 48 and of 32.
+    /// rows `first_row..` of them: multiples of 48 and of 2. They are an even number unless they are the last ones.
     ///
     /// # Safety
-    /// `words` has [`packed_words`] of all columns and rows; nobody else touches those of these columns and rows, the rows
-    /// rounded up to 32.
+    /// `words` has [`packed_words`] of all columns and rows; nobody else touches those of these columns and rows, nor, if these
+    /// rows are the last ones, what follows them.
     pub(crate) unsafe fn pack_right(
         &self,
         words: SharedOut,
@@ -355,10 +358,11 @@ impl BlockRows<'_> {
             k: self.rows,
         };
         source.check();
-        assert!(first_row.is_multiple_of(UNIT_ROWS) && first.is_multiple_of(COLUMNS));
-        assert!(first_row + self.rows <= all);
+        assert!(first_row.is_multiple_of(2) && first.is_multiple_of(COLUMNS));
+        let end = first_row + self.rows;
+        assert!(end == all || end < all && self.rows.is_multiple_of(2));
         // SAFETY: the caller's promise; the features and the source were checked.
-        unsafe { pack_columns(source, words, padded_pairs(all), first_row, first) };
+        unsafe { pack_columns(source, words, all, first_row, first) };
     }
 }
 
@@ -447,13 +451,19 @@ unsafe fn pack_along_k<const W: usize>(
     }
 }
 
-/// Packs a panel's lines, at least 16, that lie side by side: two consecutive elements of the sum are two rows, interleaved. A
-/// row's part is read at one go, for the next row is another page.
+/// Packs a panel's lines, at least 16, that lie side by side, as its first `pairs` pairs: two consecutive elements of the sum are two
+/// rows, interleaved. A row's part is read at one go, for the next row is another page.
 ///
 /// # Safety
-/// `source` passed `check` and has `line_stride` 1; `target` is the panel, or the two of 8 lines.
+/// `source` passed `check` and has `line_stride` 1; `target` is the panel, with room for so many pairs, or the two of 8 lines, which
+/// with tiles have a multiple of 16 pairs.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn pack_across_k<const W: usize>(source: Source<'_>, first: usize, target: *mut u32) {
+unsafe fn pack_across_k<const W: usize>(
+    source: Source<'_>,
+    first: usize,
+    target: *mut u32,
+    pairs: usize,
+) {
     const INTERLEAVE: [u16; 32] = {
         let mut order = [0; 32];
         let mut lane = 0;
@@ -464,7 +474,6 @@ unsafe fn pack_across_k<const W: usize>(source: Source<'_>, first: usize, target
         }
         order
     };
-    let pairs = padded_pairs(source.k);
     // SAFETY: 32 words of 16 bits are one vector.
     let order = unsafe { _mm512_loadu_si512(INTERLEAVE.as_ptr().cast()) };
     let words = |first: usize, pair: usize| {

@@ -2,7 +2,7 @@
 //! leaves its second-level cache but the output, and what the backward pass will need.
 //!
 //! The gates and ups are made, gated and packed for the last product in chunks of [`CHUNK`] columns. Kept for the backward pass
-//! they are bf16, in units of 32 rows, chunk by chunk; in a chunk a row's gates stand before its ups.
+//! they are bf16, in units of 16 rows, chunk by chunk; in a chunk a row's gates stand before its ups.
 //!
 //! A row's numbers do not depend on the block that it is in, and gradients of the updates are summed over all rows at once.
 
@@ -11,6 +11,7 @@ use std::ops::Range;
 use super::bf16::{rows_of, update_sources, with_rights};
 use super::mlp::{Joined, MlpOutputs, MlpSaved};
 use super::{FrozenGroup, FrozenLinear, FrozenMlp, Group, scale};
+use crate::amx::BLOCK_ROWS as AMX_ROWS;
 use crate::group::{Multiplier, Segment};
 use crate::norm::{row_rstd, scale_row};
 use crate::panels::{BlockRows, left_words, padded_pairs};
@@ -25,14 +26,19 @@ pub(super) use backward::backward;
 
 /// Columns of gates, and of ups, that are made together: whole panels and whole tiles.
 const CHUNK: usize = 192;
-/// Rows that are kept, and packed on the right, together.
-const UNIT: usize = 32;
+/// Rows that are kept together, and that blocks are made of: as few as are packed together.
+const UNIT: usize = 16;
 /// Rows of a block, at most: what it needs then takes 1.5 MiB of a model as wide as SmolLM2-135M.
 const FORWARD_ROWS: usize = 256;
 
-/// Blocks of whole units, for the threads at hand.
-fn row_blocks(rows: usize, most: usize) -> EvenBlocks {
-    EvenBlocks::new(rows, UNIT, most, rayon::current_num_threads())
+/// Blocks of whole units, and of what `path` multiplies together, for the threads at hand.
+fn row_blocks(path: Processor, rows: usize, most: usize) -> EvenBlocks {
+    let unit = if path == Processor::Amx {
+        AMX_ROWS
+    } else {
+        UNIT
+    };
+    EvenBlocks::new(rows, unit, most, rayon::current_num_threads())
 }
 
 /// Columns of the chunks of `inner` columns.
@@ -232,7 +238,7 @@ pub(super) fn forward(mlp: &FrozenMlp<'_>, x: &[f32], rows: usize, keep: bool) -
                     down,
                     out,
                 };
-                let blocks = row_blocks(rows, FORWARD_ROWS);
+                let blocks = row_blocks(path, rows, FORWARD_ROWS);
                 blocks.for_each(3 * rows * hidden * inner, |rows| {
                     // SAFETY: the blocks are disjoint rows of outputs of the lengths above.
                     unsafe { pass.block(rows) };

@@ -62,6 +62,48 @@ fn panels_hold_rounded_pairs_and_zeros_beyond_the_edge() {
 }
 
 #[test]
+fn blocks_of_rows_are_packed_as_all_of_them() {
+    if !available() {
+        return;
+    }
+    let columns = 50;
+    for ends in [
+        vec![0, 15],
+        vec![0, 16, 37],
+        vec![0, 2, 48, 64],
+        vec![0, 48, 80, 81],
+    ] {
+        let rows = ends[ends.len() - 1];
+        let values = random(rows * columns, 9);
+        let source = Source {
+            values: &values,
+            line_stride: 1,
+            k_stride: columns,
+            lines: columns,
+            k: rows,
+        };
+        let mut expected = vec![f32::NAN; packed_words::<COLUMNS>(columns, rows)];
+        pack::<COLUMNS>(source, &mut expected);
+        let mut words = vec![f32::NAN; expected.len()];
+        let target = SharedOut::new(&mut words);
+        // The last one first: what follows a block's rows must not be written by it.
+        for block in ends.windows(2).rev() {
+            let (first, end) = (block[0], block[1]);
+            let block = BlockRows {
+                values: &values[first * columns..],
+                stride: columns,
+                rows: end - first,
+                columns,
+            };
+            // SAFETY: `words` is as long, and nobody else is here.
+            unsafe { block.pack_right(target, rows, first, 0) };
+        }
+        let bits = |words: &[f32]| words.iter().map(|word| word.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&words), bits(&expected), "{ends:?}");
+    }
+}
+
+#[test]
 fn unpacking_gives_back_what_was_rounded() {
     if !available() {
         return;

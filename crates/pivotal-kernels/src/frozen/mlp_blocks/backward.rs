@@ -204,7 +204,7 @@ pub(in crate::frozen) fn backward(
                         inner: wanted.inner(),
                         out,
                     };
-                    let blocks = row_blocks(rows, BACKWARD_ROWS);
+                    let blocks = row_blocks(path, rows, BACKWARD_ROWS);
                     blocks.for_each(3 * rows * hidden * inner, |rows| {
                         // SAFETY: the blocks are disjoint rows, whole units but for the last one's end, of outputs of the
                         // lengths above.
