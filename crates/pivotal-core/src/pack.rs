@@ -16,7 +16,7 @@ pub struct Span {
 /// One log-probability to take: of `target`, from the hidden state of token `source`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gather {
-    /// Index in the pack of the token whose hidden state predicts `target`: the one before it in its sequence.
+    /// Which of the pack's hidden states predicts `target`: that of the token before it in its sequence.
     pub source: usize,
     /// The token id predicted.
     pub target: u32,
@@ -37,6 +37,8 @@ pub struct Pack {
     pub spans: Vec<Span>,
     /// For each response of the batch, its index in `spans`, `[responses]`.
     pub responses: Vec<usize>,
+    /// The tokens whose hidden states are wanted, ascending: they are all that a model makes. `None` if every token's is.
+    pub read: Option<Vec<usize>>,
 }
 
 /// A sequence that cannot be packed.
@@ -53,6 +55,8 @@ pub enum PackError {
         index: usize,
     },
 }
+
+const SOME_STATES: &str = "the pack is read at some tokens already";
 
 impl Pack {
     /// Adds a prompt and the responses that share it.
@@ -125,12 +129,13 @@ impl Pack {
     }
 
     /// What the log-probabilities of `gathers` can be computed from: this pack without the tokens after the last of them in each
-    /// response, that last one included, and without the prompts that none continues. With it, `gathers` for the new pack.
+    /// response, that last one included, and without the prompts that none continues; and of what is left, the tokens whose hidden
+    /// states are read. With it, `gathers` for the new pack.
     ///
     /// Attention is causal, so no value and no gradient changes. Spans stay where they are counted, some of them empty.
     ///
     /// # Panics
-    /// If `gathers` are not this pack's.
+    /// If `gathers` are not this pack's, or it has [`Pack::read`] already.
     ///
     /// # Examples
     /// ```
@@ -139,10 +144,12 @@ impl Pack {
     /// let kept = pack.gather(|response, position| response == 0 && position == 2);
     /// let (needed, gathers) = pack.needed_by(&kept);
     /// assert_eq!(needed.token_ids, [7, 8, 1, 2]);
-    /// assert_eq!((gathers[0].source, gathers[0].target), (3, 3));
+    /// assert_eq!(needed.read, Some(vec![3]));
+    /// assert_eq!((gathers[0].source, gathers[0].target), (0, 3));
     /// ```
     #[must_use]
     pub fn needed_by(&self, gathers: &[Gather]) -> (Self, Vec<Gather>) {
+        assert!(self.read.is_none(), "{SOME_STATES}");
         // A response follows its prompt, with other responses to it between.
         let mut prompts = Vec::with_capacity(self.spans.len());
         for (index, span) in self.spans.iter().enumerate() {
@@ -167,12 +174,48 @@ impl Pack {
                 prompt => needed.push_span(ids, needed.spans[prompt].start, span.prefix_len),
             }
         }
-        let moved = |gather: &Gather| Gather {
-            source: needed.source(gather.response, gather.position),
+        let source = |gather: &Gather| needed.source(gather.response, gather.position);
+        let sources: Vec<usize> = gathers.iter().map(source).collect();
+        let needed = needed.reading(sources.clone());
+        let moved = |(gather, source): (&Gather, usize)| Gather {
+            source: needed.row_of(source),
             ..*gather
         };
-        let gathers = gathers.iter().map(moved).collect();
+        let gathers = gathers.iter().zip(sources).map(moved).collect();
         (needed, gathers)
+    }
+
+    /// The same pack, the hidden states of `tokens` alone being read, once each.
+    ///
+    /// # Panics
+    /// If it has [`Pack::read`] already, or no such token.
+    #[must_use]
+    pub fn reading(self, mut tokens: Vec<usize>) -> Self {
+        assert!(self.read.is_none(), "{SOME_STATES}");
+        tokens.sort_unstable();
+        tokens.dedup();
+        assert!(tokens.last().is_none_or(|&last| last < self.len()));
+        Self {
+            read: Some(tokens),
+            ..self
+        }
+    }
+
+    /// Where the hidden state of `token` is among those that are read.
+    ///
+    /// # Panics
+    /// If it is not read.
+    pub fn row_of(&self, token: usize) -> usize {
+        match &self.read {
+            Some(read) => read.binary_search(&token).expect("a token that is read"),
+            None => token,
+        }
+    }
+
+    /// The tokens of the responses, one response after the other.
+    pub fn response_tokens(&self) -> impl Iterator<Item = usize> {
+        let spans = self.responses.iter().map(|&response| self.spans[response]);
+        spans.flat_map(|span| span.start..span.start + span.len)
     }
 
     /// The token whose hidden state predicts token `position` of a response.
@@ -237,14 +280,18 @@ mod tests {
         assert_eq!(needed.position_ids, [0, 1, 2, 3, 4, 0, 1]);
         let lens: Vec<_> = needed.spans.iter().map(|span| span.len).collect();
         assert_eq!(lens, [3, 0, 2, 0, 0, 1, 1, 0]);
+        let read = needed.read.as_ref().unwrap();
+        assert_eq!(read, &[2, 4, 5, 6]);
         let sources: Vec<_> = moved.iter().map(|gather| gather.source).collect();
-        assert_eq!(sources, [2, 4, 6, 5]);
+        assert_eq!(sources, [0, 1, 3, 2]);
         for (moved, gather) in moved.iter().zip(&gathers) {
-            let of = |pack: &Pack, gather: &Gather| {
-                let at = gather.source;
-                (pack.token_ids[at], pack.position_ids[at], gather.target)
+            let of = |pack: &Pack, at: usize, target| {
+                (pack.token_ids[at], pack.position_ids[at], target)
             };
-            assert_eq!(of(&needed, moved), of(&pack, gather));
+            assert_eq!(
+                of(&needed, read[moved.source], moved.target),
+                of(&pack, gather.source, gather.target)
+            );
         }
         let mut end = 0;
         for span in &needed.spans {
@@ -252,11 +299,31 @@ mod tests {
             assert!(span.prefix_start + span.prefix_len <= span.start);
             end += span.len;
         }
+        assert_eq!(pack.needed_by(&[]).0.read, Some(vec![]));
         assert_eq!(pack.needed_by(&[]).0.len(), 0);
         assert_eq!(
             pack.needed_by(&pack.gather(|_, _| true)).0.len(),
             pack.len() - 5
         );
+    }
+
+    #[test]
+    fn rows_are_those_of_what_is_read() {
+        let mut pack = Pack::default();
+        pack.push(&[10, 11, 12], &[&[1, 2], &[4]]).unwrap();
+        assert_eq!(pack.response_tokens().collect::<Vec<_>>(), [3, 4, 5]);
+        assert_eq!(pack.row_of(4), 4);
+        let read = pack.reading(vec![5, 2, 4, 2]);
+        assert_eq!(read.read, Some(vec![2, 4, 5]));
+        assert_eq!([2, 4, 5].map(|token| read.row_of(token)), [0, 1, 2]);
+    }
+
+    #[test]
+    #[should_panic(expected = "a token that is read")]
+    fn what_is_not_read_has_no_row() {
+        let mut pack = Pack::default();
+        pack.push(&[10, 11], &[&[1]]).unwrap();
+        let _ = pack.reading(vec![1]).row_of(2);
     }
 
     #[test]

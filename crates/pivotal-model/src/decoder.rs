@@ -110,22 +110,36 @@ impl Decoder {
         self.precision
     }
 
-    /// Hidden states after the last norm, one a token.
+    /// Hidden states after the last norm, one a token, or one for each that the pack says is [read](Pack::read): what follows the
+    /// last attention is computed for those alone.
     ///
     /// # Shapes
-    /// Returns `[tokens, hidden]`.
+    /// Returns `[tokens, hidden]`; `[read, hidden]` where the pack says so.
     ///
     /// # Errors
     /// [`Error::TokenOutOfRange`](crate::Error::TokenOutOfRange) for an id that is not in the vocabulary,
     /// [`Error::SequenceTooLong`](crate::Error::SequenceTooLong) for a sequence longer than the model's positions.
     pub fn hidden(&self, pack: &Pack) -> Result<Tensor<2>> {
         self.check(pack)?;
-        let layout = self.layout(pack);
+        let (layout, read) = (self.layout(pack), self.read(pack));
         let mut x = self.embed_tokens.clone().select(0, self.token_ids(pack));
-        for layer in &self.layers {
-            x = layer.forward(x, &layout, self.eps(), self.precision);
+        for index in 0..self.layers.len() {
+            x = self.layer(index, x, &layout, read.as_ref());
         }
         Ok(pivotal_ops::rms_norm(x, self.norm.clone(), self.eps()))
+    }
+
+    /// Layer `index`; the last one gives the rows that are `read`.
+    pub(crate) fn layer(
+        &self,
+        index: usize,
+        x: Tensor<2>,
+        layout: &AttentionLayout,
+        read: Option<&Tensor<1, Int>>,
+    ) -> Tensor<2> {
+        let is_last = index + 1 == self.layers.len();
+        let read = if is_last { read } else { None };
+        self.layers[index].forward(x, layout, read, self.eps(), self.precision)
     }
 
     /// Log-probabilities of the gathered tokens, in nats; the logits of the others never exist.
@@ -137,9 +151,7 @@ impl Decoder {
     /// If `gathers` is empty or points outside `hidden`.
     pub fn token_logps(&self, hidden: &Tensor<2>, gathers: &[Gather]) -> Tensor<1> {
         let rows = self.rows(hidden, gathers.iter().map(|gather| gather.source));
-        let targets: Vec<i32> = gathers.iter().map(|gather| gather.target as i32).collect();
-        let targets = TensorData::new(targets, [gathers.len()]);
-        let targets = Tensor::<1, Int>::from_data(targets, &self.device);
+        let targets = self.indices(gathers.iter().map(|gather| gather.target as usize));
         match self.frozen_head.get(
             FrozenInput::Plain,
             &[(FrozenWeight::Tensor(self.head()), None)],
@@ -192,12 +204,7 @@ impl Decoder {
         hidden: &Tensor<2>,
         sources: impl ExactSizeIterator<Item = usize>,
     ) -> Tensor<2> {
-        let count = sources.len();
-        let sources: Vec<i32> = sources.map(|source| source as i32).collect();
-        let sources = TensorData::new(sources, [count]);
-        hidden
-            .clone()
-            .select(0, Tensor::<1, Int>::from_data(sources, &self.device))
+        hidden.clone().select(0, self.indices(sources))
     }
 
     /// The head's weight: its own, or the embedding where they are tied. `[vocab, hidden]`.
@@ -300,8 +307,19 @@ impl Decoder {
     }
 
     pub(crate) fn token_ids(&self, pack: &Pack) -> Tensor<1, Int> {
-        let ids: Vec<i32> = pack.token_ids.iter().map(|&id| id as i32).collect();
-        Tensor::from_data(TensorData::new(ids, [pack.len()]), &self.device)
+        self.indices(pack.token_ids.iter().map(|&id| id as usize))
+    }
+
+    /// The rows that the pack says are read, if it says so.
+    pub(crate) fn read(&self, pack: &Pack) -> Option<Tensor<1, Int>> {
+        let read = pack.read.as_ref()?;
+        Some(self.indices(read.iter().copied()))
+    }
+
+    fn indices(&self, indices: impl ExactSizeIterator<Item = usize>) -> Tensor<1, Int> {
+        let count = indices.len();
+        let indices: Vec<i32> = indices.map(|index| index as i32).collect();
+        Tensor::from_data(TensorData::new(indices, [count]), &self.device)
     }
 
     pub(crate) fn layout(&self, pack: &Pack) -> AttentionLayout {
@@ -380,14 +398,20 @@ impl Layer {
         })
     }
 
+    /// The layer's output at every row, or at those that are `read`.
     pub(crate) fn forward(
         &self,
         x: Tensor<2>,
         layout: &AttentionLayout,
+        read: Option<&Tensor<1, Int>>,
         eps: f32,
         precision: Precision,
     ) -> Tensor<2> {
         let attended = self.attend(&x, layout, eps, precision);
+        let [x, attended] = match read {
+            Some(rows) => [x, attended].map(|x| x.select(0, rows.clone())),
+            None => [x, attended],
+        };
         let x = pivotal_ops::residual(x, self.project_output(attended, precision));
         self.perceptron(x, eps, precision)
     }

@@ -21,7 +21,7 @@ use crate::parameter::{Parameter, Parameters, Visitor, on_tape};
 /// A forward pass that [`ForwardPass::backward`] differentiates.
 #[derive(Debug)]
 pub struct ForwardPass {
-    /// Hidden states after the last norm, one a token, `[tokens, hidden]`: what [`Decoder::hidden`] gives.
+    /// Hidden states after the last norm, `[tokens, hidden]` or `[read, hidden]`: what [`Decoder::hidden`] gives.
     pub hidden: Tensor<2>,
     again: Option<Again>,
 }
@@ -36,6 +36,7 @@ struct Again {
     /// The input of each layer from `first` on.
     inputs: Vec<Tensor<2>>,
     layout: AttentionLayout,
+    read: Option<Tensor<1, Int>>,
     ids: Tensor<1, Int>,
 }
 
@@ -58,19 +59,20 @@ impl Decoder {
         }
         self.check(pack)?;
         let (layout, ids) = (self.layout(pack), self.token_ids(pack));
+        let read = self.read(pack);
         let below = self.detached();
-        let mut x = below.embed_tokens.select(0, ids.clone());
+        let mut x = below.embed_tokens.clone().select(0, ids.clone());
         let mut inputs = Vec::with_capacity(recomputed - first);
-        for (index, layer) in below.layers[..recomputed].iter().enumerate() {
+        for index in 0..recomputed {
             if index >= first {
                 inputs.push(x.clone());
             }
-            x = layer.forward(x, &layout, self.eps(), self.precision());
+            x = below.layer(index, x, &layout, read.as_ref());
         }
         let leaf = on_tape(x);
         let mut x = leaf.clone();
-        for layer in &self.layers[recomputed..] {
-            x = layer.forward(x, &layout, self.eps(), self.precision());
+        for index in recomputed..self.layers.len() {
+            x = self.layer(index, x, &layout, read.as_ref());
         }
         let hidden = pivotal_ops::rms_norm(x, self.norm.clone(), self.eps());
         Ok(ForwardPass {
@@ -80,6 +82,7 @@ impl Decoder {
                 first,
                 inputs,
                 layout,
+                read,
                 ids,
             }),
         })
@@ -143,7 +146,6 @@ impl ForwardPass {
         drop(gradients);
 
         let decoder = model.as_mut();
-        let (eps, precision) = (decoder.eps(), decoder.precision());
         let lowest = match embed.is_require_grad() {
             true => None,
             false => Some(again.first),
@@ -151,17 +153,17 @@ impl ForwardPass {
         let layers = (again.first..).zip(again.inputs);
         for (index, x) in layers.collect::<Vec<_>>().into_iter().rev() {
             let Some(dy_here) = dy.take() else { break };
-            let layer = &mut decoder.layers[index];
             // Nothing below the lowest layer wants a gradient.
             let x = match lowest == Some(index) {
                 true => x,
                 false => on_tape(x),
             };
-            let y = layer.forward(x.clone(), &again.layout, eps, precision);
+            let y = decoder.layer(index, x.clone(), &again.layout, again.read.as_ref());
             // The gradient of y ▸ Σ y·dy is dy itself.
             let mut gradients = (y * dy_here).backward();
             dy = x.grad_remove(&mut gradients);
             let path = format!("model.layers.{index}");
+            let layer = &mut decoder.layers[index];
             take(&mut LayerPart { layer, path }, &gradients);
         }
         if let (Some(dy), None) = (dy, lowest) {

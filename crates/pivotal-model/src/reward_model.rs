@@ -71,10 +71,10 @@ impl RewardModel {
         })
     }
 
-    /// The value of every token of the pack.
+    /// The value of every token of the pack, or of those that it says are [read](Pack::read).
     ///
     /// # Shapes
-    /// Returns `[tokens]`.
+    /// Returns `[tokens]`, or `[read]`.
     ///
     /// # Errors
     /// As [`Decoder::hidden`].

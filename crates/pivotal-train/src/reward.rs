@@ -2,7 +2,7 @@
 //!
 //! Pair accuracy says nothing about token credit (METHOD, section 2): measure the token signal before a mask trusts it.
 
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::Tensor;
 use pivotal_core::{Pack, TokenizedPair};
 use pivotal_data::{micro_batches, pack_pairs};
 use pivotal_kernels::account::{Part, time};
@@ -69,6 +69,8 @@ pub fn gradients(
     for range in micro_batches(&tokens, settings.micro_batch_tokens)? {
         let pairs = &pairs[range];
         let pack = time(Part::Pack, || pack_pairs(pairs.iter().copied()))?;
+        let read = pack.response_tokens().collect();
+        let pack = pack.reading(read);
         let decoder = &model.decoder;
         let recomputed = settings.activations.recomputed_layers(decoder, pack.len());
         let pass = decoder.forward(&pack, recomputed)?;
@@ -150,22 +152,16 @@ pub fn optimize(
     Ok(())
 }
 
-/// The values of the response tokens alone, one response after the other.
+/// The values of the response tokens, all that the pack reads, one response after the other.
 fn response_values(
     model: &RewardModel,
     pass: &ForwardPass,
     pack: &Pack,
 ) -> (Tensor<1>, ResponseIndex) {
     let spans = (0..pack.responses.len()).map(|response| pack.response_span(response));
-    let lengths: Vec<usize> = spans.clone().map(|span| span.len).collect();
-    let rows: Vec<i32> = spans
-        .flat_map(|s| s.start..s.start + s.len)
-        .map(|i| i as i32)
-        .collect();
-    let data = TensorData::new(rows.clone(), [rows.len()]);
-    let rows = Tensor::<1, Int>::from_data(data, model.decoder.device());
-    let chosen = model.values_of(pass.hidden.clone()).select(0, rows);
-    (chosen, ResponseIndex::of_whole_responses(&lengths))
+    let lengths: Vec<usize> = spans.map(|span| span.len).collect();
+    let values = model.values_of(pass.hidden.clone());
+    (values, ResponseIndex::of_whole_responses(&lengths))
 }
 
 /// Chosen responses are the even ones of a packed batch of pairs.

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use burn::tensor::Tensor;
-use pivotal_core::{Pack, TokenizedPair};
+use pivotal_core::{Pack, Span, TokenizedPair};
 use pivotal_data::micro_batches;
 use pivotal_kernels::account::{Part, time};
 use pivotal_model::{Decoder, RewardModel};
@@ -110,15 +110,22 @@ pub(crate) fn token_values_told(
     for range in ranges(groups, micro_batch_tokens)? {
         let groups = &groups[range];
         let pack = time(Part::Pack, || pack(groups))?;
+        // The levels are those of the response tokens and of the token before each response.
+        let prompt_end = |span: Span| span.prefix_start + span.prefix_len - 1;
+        let spans = (0..pack.responses.len()).map(|response| pack.response_span(response));
+        let read = spans.map(prompt_end).chain(pack.response_tokens());
+        let read = read.collect();
+        let pack = pack.reading(read);
         let levels = values(model.values(&pack)?);
         let mut response = 0;
         for group in groups {
             let scored = group.responses.iter().map(|_| {
                 let span = pack.response_span(response);
                 response += 1;
+                let first = pack.row_of(span.start);
                 ResponseValues {
-                    prompt_value: levels[span.prefix_start + span.prefix_len - 1],
-                    levels: levels[span.start..span.start + span.len].to_vec(),
+                    prompt_value: levels[pack.row_of(prompt_end(span))],
+                    levels: levels[first..first + span.len].to_vec(),
                 }
             });
             all.push(scored.collect());

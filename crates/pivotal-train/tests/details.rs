@@ -393,7 +393,11 @@ fn the_oracles_ratio_is_of_the_models_whatever_the_temperature_of_sampling() {
     };
     let groups = [group];
     for (decoder, found) in [(&oracle, &found.oracle), (&reference, &found.reference)] {
-        assert_eq!(found, &token_logps(decoder, &groups, 64).unwrap()[0]);
+        // A pass that reads fewer rows may sum a product in another order.
+        let scored = &token_logps(decoder, &groups, 64).unwrap()[0];
+        let pairs = found.iter().flatten().zip(scored.iter().flatten());
+        pairs.for_each(|(found, scored)| assert!((found - scored).abs() < 1e-5));
+        assert_eq!(found.concat().len(), scored.concat().len());
         assert_ne!(found, &layout.token_logps(decoder, &rollouts, 1.7).unwrap());
     }
     let none = OracleLogps::of(None, &reference, &layout, &rollouts).unwrap();

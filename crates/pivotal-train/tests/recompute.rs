@@ -219,3 +219,47 @@ fn of_every_split_of_the_layers() {
         }
     }
 }
+
+/// Rows that no log-probability reads are not computed in the last layer: no gradient may miss them.
+#[test]
+fn what_is_not_read_has_no_part_in_a_gradient() {
+    for (family, precision) in CASES {
+        let base = decoder(family, precision);
+        let pair = &pairs()[0];
+        let mut whole = pivotal_core::Pack::default();
+        whole
+            .push(&pair.prompt, &[&pair.chosen, &pair.rejected])
+            .unwrap();
+        let all = whole.gather(|response, position| (response + position) % 2 == 1);
+        let (needed, some) = whole.needed_by(&all);
+        assert_eq!(needed.read.as_ref().unwrap().len(), some.len());
+        for (name, mut policy) in policies(&base) {
+            let mut of = |pack, gathers| {
+                let pass = policy.forward(pack, 0).unwrap();
+                let logps = policy.token_logps(&pass.hidden, gathers);
+                let values = logps.to_data().try_to_vec::<f32>().unwrap();
+                let mut sum = GradientSum::default();
+                sum.add_pass(&mut policy, pass, logps.sum());
+                (values, sum.to_host())
+            };
+            let (logps, gradients) = of(&whole, &all);
+            let (found_logps, found) = of(&needed, &some);
+            let what = format!("{family} {precision:?} {name}");
+            close(&found_logps, &logps, &what);
+            assert!(found.keys().eq(gradients.keys()), "{what}");
+            for (parameter, tensor) in &found {
+                let expected = gradients[parameter].values();
+                close(tensor.values(), expected, &format!("{what}: {parameter}"));
+            }
+        }
+    }
+}
+
+/// Sums in another order, and no more.
+fn close(found: &[f32], expected: &[f32], what: &str) {
+    let largest = expected.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
+    for (found, expected) in found.iter().zip(expected) {
+        assert!((found - expected).abs() <= 1e-4 * largest, "{what}");
+    }
+    assert_eq!(found.len(), expected.len(), "{what}");
+}

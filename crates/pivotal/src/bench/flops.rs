@@ -11,6 +11,8 @@ use pivotal_model::DecoderConfig;
 pub(crate) struct Work {
     /// Tokens through the layers, each prompt once.
     pub(crate) tokens: u64,
+    /// Those of them whose last hidden state nobody reads: what follows the last layer's attention is not needed for them.
+    pub(crate) unread: u64,
     /// Positions at which the vocabulary is looked at.
     pub(crate) kept: u64,
     /// Queries times the keys each may see.
@@ -25,9 +27,15 @@ impl Work {
             let kept = mask.iter().filter(|&&kept| kept).count();
             (mask.iter().rposition(|&kept| kept).unwrap_or(0), kept)
         };
+        // The prompt's last token is read for every response's first.
+        let firsts = responses.iter().filter(|mask| mask.first() == Some(&true));
+        let firsts = firsts.count() as u64;
         let responses: Vec<_> = responses.iter().map(needed).collect();
-        let is_needed = responses.iter().any(|&(_, kept)| kept > 0);
-        self.add(if is_needed { prompt } else { 0 }, &responses);
+        let kept: usize = responses.iter().map(|&(_, kept)| kept).sum();
+        let before = self.tokens;
+        self.add(if kept > 0 { prompt } else { 0 }, &responses);
+        let read = kept as u64 - firsts + firsts.min(1);
+        self.unread += self.tokens - before - read;
     }
 
     /// [`Work::add_kept`] of a pair whose every response token is kept.
@@ -118,15 +126,18 @@ pub(crate) fn flops(
         let sizes = shapes.iter().map(|shape| rank * shape[side]);
         sizes.sum::<usize>() as u64
     };
+    // `layer_linears` begins with q, k and v.
+    let (first, second) = shapes.split_at(3);
     let layers = config.layers as u64;
-    let (down, up) = (factors(&shapes, 1), factors(&shapes, 0));
+    let adapters = |shapes: &[[usize; 2]]| factors(shapes, 1) + factors(shapes, 0);
+    let all_but_unread = |all: u64, second: u64| work.tokens * layers * all - work.unread * second;
     let rows = match head {
         Head::Vocabulary => config.vocab_size,
         Head::Value => 1,
     };
     let forward = Flops {
-        linear: 2 * work.tokens * layers * weights(&shapes),
-        lora: 2 * work.tokens * layers * (down + up),
+        linear: 2 * all_but_unread(weights(&shapes), weights(second)),
+        lora: 2 * all_but_unread(adapters(&shapes), adapters(second)),
         head: 2 * work.kept * (rows * config.hidden_size) as u64,
         attention: 4 * work.attended * layers * config.query_size() as u64,
     };
@@ -142,8 +153,6 @@ pub(crate) fn flops(
             forward + backward
         }
         Pass::Training => {
-            // `layer_linears` begins with q, k and v.
-            let first = &shapes[..3];
             let backward = Flops {
                 linear: forward.linear - 2 * work.tokens * weights(first),
                 lora: 2 * forward.lora - 2 * work.tokens * factors(first, 1),
@@ -184,6 +193,7 @@ mod tests {
         // Prompt: 1 + 2 + 3 keys. First response: 4 + 5; second: 4.
         let expected = Work {
             tokens: 6,
+            unread: 0,
             kept: 2,
             attended: 19,
         };
@@ -197,6 +207,8 @@ mod tests {
         work.add_kept(9, &[&[false, false]]);
         let mut expected = Work::default();
         expected.add(3, &[(2, 2), (0, 1)]);
+        // Read are the prompt's last token, for both responses, and the first response's second.
+        expected.unread = 3;
         assert_eq!(work, expected);
     }
 
@@ -204,20 +216,21 @@ mod tests {
     fn a_forward_pass_is_counted_by_hand() {
         let work = Work {
             tokens: 10,
+            unread: 4,
             kept: 7,
             attended: 11,
         };
-        // q, k, v and o have 4 weights each, gate, up and down 6 each: 34 together.
+        // q, k, v and o have 4 weights each, gate, up and down 6 each: 34 together, 22 after the attention.
         let expected = Flops {
-            linear: 2 * 10 * 34,
-            // In: 2 for six layers, 3 for down; out: 2 for q, k, v, o and down, 3 for gate and up.
-            lora: 2 * 10 * (15 + 16),
+            linear: 2 * (10 * 34 - 4 * 22),
+            // In: 2 for six layers, 3 for down; out: 2 for q, k, v, o and down, 3 for gate and up. Of q, k and v: 4 each.
+            lora: 2 * (10 * (15 + 16) - 4 * (15 + 16 - 12)),
             head: 2 * 7 * 10,
             attention: 4 * 11 * 2,
         };
         let found = flops(&tiny(), 1, work, Head::Vocabulary, Pass::Forward);
         assert_eq!(found, expected);
-        assert_eq!(found.total(), 680 + 620 + 140 + 88);
+        assert_eq!(found.total(), 504 + 468 + 140 + 88);
         let value = flops(&tiny(), 0, work, Head::Value, Pass::Forward);
         assert_eq!((value.lora, value.head), (0, 2 * 7 * 2));
     }
@@ -226,6 +239,7 @@ mod tests {
     fn a_training_pass_is_counted_by_hand() {
         let work = Work {
             tokens: 1,
+            unread: 0,
             kept: 1,
             attended: 1,
         };

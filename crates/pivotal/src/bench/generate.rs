@@ -100,6 +100,7 @@ fn needed(config: &pivotal_model::DecoderConfig, ids: &[&[u32]], samples: usize)
         let response = NEW_TOKENS - 1;
         work.add(prompt.len(), &vec![(response, response); samples]);
         work.kept += 1;
+        work.unread += prompt.len() as u64 - 1;
     }
     flops(config, 0, work, Head::Vocabulary, Pass::Forward)
 }

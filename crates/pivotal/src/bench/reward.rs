@@ -38,6 +38,7 @@ pub(crate) fn run(bench: &Bench) -> Result<Vec<Outcome>, Failure> {
         let pair = &pairs[index];
         let sides = [&pair.chosen, &pair.rejected].map(|ids| (ids.len(), ids.len()));
         work.add(pair.prompt.len(), &sides);
+        work.unread += pair.prompt.len() as u64;
     }
     let config = bench.subject.base.config();
     let needed = flops(config, rank, work, Head::Value, Pass::Training);
