@@ -13,10 +13,10 @@ pub struct Span {
     pub prefix_len: usize,
 }
 
-/// One log-probability to take: of `target`, from the hidden state of token `source`.
+/// One log-probability to take: of `target`, from the hidden state in row `source`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gather {
-    /// Which of the pack's hidden states predicts `target`: that of the token before it in its sequence.
+    /// The row, among the pack's hidden states, of the token before `target` in its sequence, which predicts it.
     pub source: usize,
     /// The token id predicted.
     pub target: u32,
@@ -104,6 +104,9 @@ impl Pack {
 
     /// The log-probabilities to take for `keep(response, position)`: the others are never computed.
     ///
+    /// # Panics
+    /// If one of them is predicted at a token that is not read.
+    ///
     /// # Examples
     /// ```
     /// let mut pack = pivotal_core::Pack::default();
@@ -118,7 +121,7 @@ impl Pack {
             for position in (0..span.len).filter(|&position| keep(response, position)) {
                 let target = self.token_ids[span.start + position];
                 gathers.push(Gather {
-                    source: self.source(response, position),
+                    source: self.row_of(self.source(response, position)),
                     target,
                     response,
                     position,

@@ -12,6 +12,11 @@
 //! What the processor offers beyond the compile-time target (AVX-512, bf16 dot products, AMX's tiles) is found at run time; the portable
 //! path is never absent.
 
+#![cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, reason = "what only the vector paths use")
+)]
+
 pub mod account;
 #[cfg(target_arch = "x86_64")]
 mod amx;

@@ -1,7 +1,7 @@
 //! A weight packed once for many products with few rows: decoding with a key-value cache.
 
 use crate::lasting::LastingFloats;
-use crate::matmul::{Precision, ProductShape, Store, bf16_available};
+use crate::matmul::{Precision, ProductShape, Store};
 use crate::parallel::check_len;
 use crate::small;
 
@@ -73,7 +73,7 @@ impl PackedWeight {
         check_len("weight", weight, outputs * inputs);
         let values = match precision {
             #[cfg(target_arch = "x86_64")]
-            Precision::Bf16 if bf16_available() => {
+            Precision::Bf16 if crate::bf16_available() => {
                 use crate::panels::{COLUMNS, Source, pack, packed_words};
                 let source = Source {
                     values: weight,
@@ -111,7 +111,7 @@ impl PackedWeight {
         self.inputs
     }
 
-    /// What the weight was really rounded to: never `Bf16` where [`bf16_available`] is false.
+    /// What the weight was really rounded to: never `Bf16` where [`bf16_available`](crate::bf16_available) is false.
     #[must_use]
     pub fn precision(&self) -> Precision {
         match self.values {
@@ -294,7 +294,8 @@ mod tests {
         let (outputs, inputs) = (90, 1300);
         let (weight, x) = (random(outputs * inputs, 1), random(rows * inputs, 2));
         let packed = PackedWeight::new(&weight, outputs, inputs, Precision::Bf16);
-        assert_eq!(packed.precision() == Precision::Bf16, bf16_available());
+        let rounds = packed.precision() == Precision::Bf16;
+        assert_eq!(rounds, crate::bf16_available());
         let (mut fast, mut plain) = (vec![0.0; rows * outputs], vec![0.0; rows * outputs]);
         packed.forward(&x, rows, &mut fast);
         let shape = ProductShape {

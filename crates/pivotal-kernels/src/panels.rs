@@ -455,8 +455,8 @@ unsafe fn pack_along_k<const W: usize>(
 /// rows, interleaved. A row's part is read at one go, for the next row is another page.
 ///
 /// # Safety
-/// `source` passed `check` and has `line_stride` 1; `target` is the panel, with room for so many pairs, or the two of 8 lines, which
-/// with tiles have a multiple of 16 pairs.
+/// `source` passed `check` and has `line_stride` 1; `target` is the panel, with room for so many pairs. Panels of 8 lines are two, and
+/// have so many pairs each; tiles have a multiple of 16.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 unsafe fn pack_across_k<const W: usize>(
     source: Source<'_>,

@@ -145,7 +145,7 @@ impl Decoder {
     /// Log-probabilities of the gathered tokens, in nats; the logits of the others never exist.
     ///
     /// # Shapes
-    /// `hidden` `[tokens, hidden]` of [`Decoder::hidden`]; returns `[gathers]`.
+    /// `hidden` `[rows, hidden]`, what [`Decoder::hidden`] gives; returns `[gathers]`.
     ///
     /// # Panics
     /// If `gathers` is empty or points outside `hidden`.
@@ -165,7 +165,7 @@ impl Decoder {
     /// nats; neither model's logits ever exist. The reference gets no gradient.
     ///
     /// # Shapes
-    /// `hidden` and `reference_hidden` `[tokens, hidden]` of [`Decoder::hidden`] of one pack; returns `[gathers]`.
+    /// `hidden` and `reference_hidden` `[rows, hidden]`, what [`Decoder::hidden`] gives of one pack; returns `[gathers]`.
     ///
     /// # Panics
     /// If `gathers` points outside a hidden state, or the two decoders differ in shape.
@@ -189,7 +189,7 @@ impl Decoder {
     /// The logits of chosen tokens: for vocabularies and selections small enough to look at whole.
     ///
     /// # Shapes
-    /// `hidden` `[tokens, hidden]`; returns `[sources, vocab]`.
+    /// `hidden` `[rows, hidden]`; returns `[sources, vocab]`.
     pub fn logits(&self, hidden: &Tensor<2>, sources: &[usize]) -> Tensor<2> {
         let rows = self.rows(hidden, sources.iter().copied());
         pivotal_ops::linear(rows, self.head().clone(), self.precision)
@@ -198,7 +198,7 @@ impl Decoder {
     /// Rows of `hidden`, in the order asked for; one may be taken several times.
     ///
     /// # Shapes
-    /// `hidden` `[tokens, hidden]`; returns `[sources, hidden]`.
+    /// `hidden` `[rows, hidden]`; returns `[sources, hidden]`.
     pub fn rows(
         &self,
         hidden: &Tensor<2>,

@@ -85,12 +85,10 @@ impl RewardModel {
     /// The values that the head reads from hidden states.
     ///
     /// # Shapes
-    /// `hidden` `[tokens, hidden]` of [`Decoder::hidden`]; returns `[tokens]`.
+    /// `hidden` `[rows, hidden]`, what [`Decoder::hidden`] gives; returns `[rows]`.
     pub fn values_of(&self, hidden: Tensor<2>) -> Tensor<1> {
-        let [tokens, _] = hidden.dims();
-        hidden
-            .matmul(self.head.clone().transpose())
-            .reshape([tokens])
+        let [rows, _] = hidden.dims();
+        hidden.matmul(self.head.clone().transpose()).reshape([rows])
     }
 
     /// The same model off the tape, for scoring.

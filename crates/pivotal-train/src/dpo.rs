@@ -195,7 +195,7 @@ impl StepSums {
             false => {
                 let index = response_index(&pack, &gathers)?;
                 let measures_dropped = objective.measures_dropped(self.step);
-                // What is measured of dropped tokens needs all states, the loss those before its last token.
+                // What is measured of dropped tokens needs all states, the loss those that predict its tokens.
                 let (pack, gathers) = match measures_dropped {
                     true => (pack, gathers),
                     false => policy.needed(&pack, &gathers)?,

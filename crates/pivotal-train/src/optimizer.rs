@@ -284,7 +284,7 @@ impl<const D: usize> Update<D> {
         gradient: Tensor<D>,
         state: Option<AdamWState<D>>,
     ) -> Self {
-        let nothing = Tensor::empty([0; D], &tensor.device());
+        let nothing = Tensor::empty([1; D], &tensor.device());
         Self {
             name: name.to_owned(),
             value: std::mem::replace(tensor, nothing).without_autodiff(),

@@ -110,6 +110,11 @@ pub(crate) fn token_values_told(
     for range in ranges(groups, micro_batch_tokens)? {
         let groups = &groups[range];
         let pack = time(Part::Pack, || pack(groups))?;
+        if pack.responses.is_empty() {
+            all.extend(groups.iter().map(|_| Vec::new()));
+            done(all.len());
+            continue;
+        }
         // The levels are those of the response tokens and of the token before each response.
         let prompt_end = |span: Span| span.prefix_start + span.prefix_len - 1;
         let spans = (0..pack.responses.len()).map(|response| pack.response_span(response));

@@ -19,7 +19,7 @@ pub struct DpoObjective<'a> {
     pub beta: f64,
     /// What a response's kept log-probabilities are made into.
     pub normalisation: Normalisation,
-    /// Steps between measurements of the dropped tokens' log-probabilities, which change no result; 0 takes none.
+    /// Steps between measurements of the dropped tokens' log-probabilities, which change results in the last bits of sums at most; 0 takes none.
     pub dropped_every: u64,
     /// The reference itself, where [`PreferenceLoss::uses_reference_model`].
     pub reference: Option<&'a Decoder>,

@@ -1,8 +1,8 @@
 //! How probable the tokens of a step are: kept and dropped ones, of chosen and of rejected responses.
 //!
 //! The kept tokens' log-probabilities are those that the loss takes. Those of the dropped ones cost what follows the last kept token,
-//! and a pass through the head, that nothing else needs, so they are measured now and then
-//! ([`super::DpoObjective::dropped_every`]), off the tape, from the same hidden states.
+//! the last layer where no kept token is predicted, and a pass through the head, that nothing else needs, so they are measured now and
+//! then ([`super::DpoObjective::dropped_every`]), off the tape, from the same hidden states.
 
 use burn::tensor::Tensor;
 use pivotal_core::{Gather, Pack};

@@ -12,6 +12,7 @@ pub(crate) struct Work {
     /// Tokens through the layers, each prompt once.
     pub(crate) tokens: u64,
     /// Those of them whose last hidden state nobody reads: what follows the last layer's attention is not needed for them.
+    /// Neither are their query and what it attends to, a tenth of a layer, which are counted all the same.
     pub(crate) unread: u64,
     /// Positions at which the vocabulary is looked at.
     pub(crate) kept: u64,
