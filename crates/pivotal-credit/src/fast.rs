@@ -204,22 +204,40 @@ fn close(
 /// would be mispredicted at every one.
 #[inline]
 fn jumps(signal: &[f32], first: usize, threshold: f32) -> u64 {
-    let mut flags = [false; WORD];
-    let flag = |flags: &mut [bool], before: &[f32], at: &[f32]| {
-        for ((flag, before), at) in flags.iter_mut().zip(before).zip(at) {
-            *flag = (at - before).abs() > threshold;
-        }
-    };
-    // Nothing comes before the first token, so it is compared with itself and begins no segment but the first.
+    const HALF: usize = WORD / 2;
     if first >= signal.len() {
         return 0;
     }
-    let last = (first + WORD).min(signal.len());
-    let from = first.max(1);
-    flag(
-        &mut flags[from - first..],
-        &signal[from - 1..last.max(from) - 1],
-        &signal[from..last.max(from)],
-    );
+    let rest = &signal[first..];
+    // A whole word in pieces of a length that is known: no token is then left to a loop of its own.
+    if first > 0
+        && let (Some(before), Some(at)) = (signal[first - 1..].first_chunk(), rest.first_chunk())
+    {
+        return bits(&moves::<WORD>(before, at, threshold));
+    }
+    // Nothing comes before the first token, which begins no segment but the first.
+    if first == 0
+        && let Some(word) = rest.first_chunk::<WORD>()
+        && let (Some(low), Some(low_next)) = (word.first_chunk(), word[1..].first_chunk())
+        && let (Some(high), Some(high_next)) = (word[HALF - 1..].first_chunk(), word.last_chunk())
+    {
+        let low = bits(&moves::<HALF>(low, low_next, threshold));
+        return low << 1 | bits(&moves::<HALF>(high, high_next, threshold)) << HALF;
+    }
+    let (mut flags, from) = ([false; WORD], first.max(1));
+    let pairs = signal[from - 1..].iter().zip(&signal[from..]);
+    for (flag, (before, at)) in flags[from - first..].iter_mut().zip(pairs) {
+        *flag = (at - before).abs() > threshold;
+    }
     bits(&flags)
+}
+
+/// Whether each of `at` is further than `threshold` from what comes before it.
+#[inline]
+fn moves<const N: usize>(before: &[f32; N], at: &[f32; N], threshold: f32) -> [bool; N] {
+    let mut flags = [false; N];
+    for ((flag, before), at) in flags.iter_mut().zip(before).zip(at) {
+        *flag = (at - before).abs() > threshold;
+    }
+    flags
 }

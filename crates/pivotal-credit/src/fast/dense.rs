@@ -160,9 +160,9 @@ fn third(sum: f64) -> f64 {
     remainder.mul_add(RECIPROCAL, quotient)
 }
 
-/// One bit a flag, the first lowest.
+/// One bit a flag, the first lowest; of 8 flags or a multiple.
 #[inline]
-pub(super) fn bits(flags: &[bool; WORD]) -> u64 {
+pub(super) fn bits<const N: usize>(flags: &[bool; N]) -> u64 {
     let (bytes, _) = flags.as_chunks::<8>();
     bytes.iter().enumerate().fold(0, |word, (index, byte)| {
         let byte = u64::from_le_bytes(byte.map(u8::from));
