@@ -221,12 +221,17 @@ impl Pack {
         spans.flat_map(|span| span.start..span.start + span.len)
     }
 
+    /// The last token of a response's prompt.
+    pub fn prompt_end(&self, response: usize) -> usize {
+        let span = self.response_span(response);
+        span.prefix_start + span.prefix_len - 1
+    }
+
     /// The token whose hidden state predicts token `position` of a response.
     fn source(&self, response: usize, position: usize) -> usize {
-        let span = self.response_span(response);
         match position {
-            0 => span.prefix_start + span.prefix_len - 1,
-            _ => span.start + position - 1,
+            0 => self.prompt_end(response),
+            _ => self.response_span(response).start + position - 1,
         }
     }
 
@@ -315,7 +320,7 @@ mod tests {
         let mut pack = Pack::default();
         pack.push(&[10, 11, 12], &[&[1, 2], &[4]]).unwrap();
         assert_eq!(pack.response_tokens().collect::<Vec<_>>(), [3, 4, 5]);
-        assert_eq!(pack.row_of(4), 4);
+        assert_eq!((pack.row_of(4), pack.prompt_end(1)), (4, 2));
         let read = pack.reading(vec![5, 2, 4, 2]);
         assert_eq!(read.read, Some(vec![2, 4, 5]));
         assert_eq!([2, 4, 5].map(|token| read.row_of(token)), [0, 1, 2]);

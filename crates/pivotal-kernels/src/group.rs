@@ -146,12 +146,7 @@ pub(crate) unsafe fn multiply_jobs_at(
     // Of many rows each thread takes its own, and of few its own panels: two threads must end together.
     let is_tall = rows >= threads * MOST_FEW_ROWS && rows > TASK_ROWS;
     let [row_threads, panel_threads] = if is_tall { [threads, 1] } else { [1, threads] };
-    let row_unit = if with_tiles {
-        amx::BLOCK_ROWS
-    } else {
-        TILE_ROWS
-    };
-    let row_tasks = EvenBlocks::new(rows, row_unit, TASK_ROWS, row_threads);
+    let row_tasks = EvenBlocks::new(rows, row_unit(processor()), TASK_ROWS, row_threads);
     let task_panels = match rows <= MOST_FEW_ROWS {
         // Few rows are bound by reading the panels, and a layer has few of them.
         true => (TASK_WORDS * rows * panels.len() / work.max(1)).clamp(1, TASK_PANELS),
@@ -187,6 +182,14 @@ pub(crate) unsafe fn multiply_jobs_at(
             }
         }
     });
+}
+
+/// Rows that blocks of a product are made of: as many as `path` multiplies together, and no fewer than are packed together.
+pub(crate) fn row_unit(path: Processor) -> usize {
+    match path {
+        Processor::Amx => amx::BLOCK_ROWS,
+        _ => TILE_ROWS,
+    }
 }
 
 /// Products of blocks of rows on the calling thread, while it lives. Not to be held across a wait for other tasks, which would

@@ -76,9 +76,7 @@ impl EvenBlocks {
     }
 
     /// How many there are.
-    #[must_use]
-    #[expect(clippy::len_without_is_empty, reason = "no rows, no blocks")]
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.blocks
     }
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use burn::tensor::Tensor;
-use pivotal_core::{Pack, Span, TokenizedPair};
+use pivotal_core::{Pack, TokenizedPair};
 use pivotal_data::micro_batches;
 use pivotal_kernels::account::{Part, time};
 use pivotal_model::{Decoder, RewardModel};
@@ -45,6 +45,18 @@ pub struct ResponseValues {
     pub prompt_value: f32,
     /// The value at each token, that token included, `[tokens]`.
     pub levels: Vec<f32>,
+}
+
+impl ResponseValues {
+    /// Those of a response of `pack`, out of the values at all that is read of it.
+    pub(crate) fn of(pack: &Pack, response: usize, values: &[f32]) -> Self {
+        let span = pack.response_span(response);
+        let first = pack.row_of(span.start);
+        Self {
+            prompt_value: values[pack.row_of(pack.prompt_end(response))],
+            levels: values[first..first + span.len].to_vec(),
+        }
+    }
 }
 
 /// The log-probability of every response token under `decoder`, in nats, `[groups][responses][tokens]`.
@@ -116,22 +128,15 @@ pub(crate) fn token_values_told(
             continue;
         }
         // The levels are those of the response tokens and of the token before each response.
-        let prompt_end = |span: Span| span.prefix_start + span.prefix_len - 1;
-        let spans = (0..pack.responses.len()).map(|response| pack.response_span(response));
-        let read = spans.map(prompt_end).chain(pack.response_tokens());
-        let read = read.collect();
+        let ends = (0..pack.responses.len()).map(|response| pack.prompt_end(response));
+        let read = ends.chain(pack.response_tokens()).collect();
         let pack = pack.reading(read);
         let levels = values(model.values(&pack)?);
         let mut response = 0;
         for group in groups {
             let scored = group.responses.iter().map(|_| {
-                let span = pack.response_span(response);
                 response += 1;
-                let first = pack.row_of(span.start);
-                ResponseValues {
-                    prompt_value: levels[pack.row_of(prompt_end(span))],
-                    levels: levels[first..first + span.len].to_vec(),
-                }
+                ResponseValues::of(&pack, response - 1, &levels)
             });
             all.push(scored.collect());
         }

@@ -11,8 +11,7 @@ use std::ops::Range;
 use super::bf16::{rows_of, update_sources, with_rights};
 use super::mlp::{Joined, MlpOutputs, MlpSaved};
 use super::{FrozenGroup, FrozenLinear, FrozenMlp, Group, scale};
-use crate::amx::BLOCK_ROWS as AMX_ROWS;
-use crate::group::{Multiplier, Segment};
+use crate::group::{Multiplier, Segment, row_unit};
 use crate::norm::{row_rstd, scale_row};
 use crate::panels::{BlockRows, left_words, padded_pairs};
 use crate::parallel::{EvenBlocks, SharedOut, with_scratch_parts, written};
@@ -26,19 +25,14 @@ pub(super) use backward::backward;
 
 /// Columns of gates, and of ups, that are made together: whole panels and whole tiles.
 const CHUNK: usize = 192;
-/// Rows that are kept together, and that blocks are made of: as few as are packed together.
+/// Rows that are kept together.
 const UNIT: usize = 16;
 /// Rows of a block, at most: what it needs then takes 1.5 MiB of a model as wide as SmolLM2-135M.
 const FORWARD_ROWS: usize = 256;
 
-/// Blocks of whole units, and of what `path` multiplies together, for the threads at hand.
+/// Blocks for the threads at hand.
 fn row_blocks(path: Processor, rows: usize, most: usize) -> EvenBlocks {
-    let unit = if path == Processor::Amx {
-        AMX_ROWS
-    } else {
-        UNIT
-    };
-    EvenBlocks::new(rows, unit, most, rayon::current_num_threads())
+    EvenBlocks::new(rows, row_unit(path), most, rayon::current_num_threads())
 }
 
 /// Columns of the chunks of `inner` columns.

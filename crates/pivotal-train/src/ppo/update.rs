@@ -112,11 +112,7 @@ pub fn rollout_values(
     for micro in minibatches.flat_map(|minibatch| &minibatch.micro_batches) {
         let levels = values(model.values(&micro.pack)?);
         for (response, &rollout) in micro.responses.iter().enumerate() {
-            let span = micro.pack.response_span(response);
-            all[rollout] = ResponseValues {
-                prompt_value: levels[span.prefix_start + span.prefix_len - 1],
-                levels: levels[span.start..span.start + span.len].to_vec(),
-            };
+            all[rollout] = ResponseValues::of(&micro.pack, response, &levels);
         }
     }
     Ok(all)
