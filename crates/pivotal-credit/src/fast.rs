@@ -114,7 +114,7 @@ pub fn jump_mask(
     let (mut open, mut spill) = (Some(0), 0);
     let mut starts = jumps(signal, 0, threshold);
     for first in (0..signal.len()).step_by(WORD) {
-        let next = jumps(signal, first + WORD, threshold);
+        let mut next = jumps(signal, first + WORD, threshold);
         let dense = starts.count_ones() >= DENSE && matches!(score, Score::Mean | Score::Sum);
         match dense {
             true => {
@@ -122,9 +122,15 @@ pub fn jump_mask(
                 // The signal's last word is filled up: no segment ends beyond the signal.
                 let mut padded = [0.0; WINDOW];
                 let window = rest.first_chunk().unwrap_or_else(|| {
-                    padded[..rest.len()].copy_from_slice(rest);
+                    fill_up(&mut padded, rest);
                     &padded
                 });
+                // The signal's end is where its last segment ends, as if another began there.
+                match rest.len() {
+                    ..WORD => starts |= 1 << rest.len(),
+                    WORD => next = 1,
+                    _ => {}
+                }
                 let before = starts.trailing_zeros();
                 let end = first + before as usize;
                 let kept_before =
@@ -169,9 +175,22 @@ pub fn jump_mask(
         }
         starts = next;
     }
-    if let Some(start) = open {
+    if let Some(start) = open
+        && start < signal.len()
+    {
         close(signal, start..signal.len(), score, decision, keep);
     }
+}
+
+/// Copies `rest` to the beginning of `padded`, eight at a time.
+#[inline]
+fn fill_up(padded: &mut [f32; WINDOW], rest: &[f32]) {
+    let (chunks, last) = rest.as_chunks::<8>();
+    let (slots, _) = padded.as_chunks_mut::<8>();
+    for (slot, chunk) in slots.iter_mut().zip(chunks) {
+        *slot = *chunk;
+    }
+    padded[rest.len() - last.len()..rest.len()].copy_from_slice(last);
 }
 
 /// Decides on one segment and sets its flags; those of up to seven tokens after it may be set too, so segments are closed in

@@ -296,3 +296,31 @@ fn the_fast_jump_mask_holds_over_long_responses() {
         }
     }
 }
+
+#[test]
+fn words_of_the_fast_jumps_end_anywhere() {
+    let rule = CreditConfig {
+        baseline_value: Some(0.25),
+        ..config(CutRule::Jump)
+    };
+    let mut credit = Credit::new(rule.resolve().unwrap(), 1);
+    let mut random = random_stream(1, "words");
+    for tokens in (1..=132).flat_map(|tokens| [tokens; 50]) {
+        let mut quarter = || (random.next_u32() % 17) as f32 / 4.0 - 2.0;
+        let signal: Vec<f32> = (0..tokens).map(|_| quarter()).collect();
+        let response = Response::new(1, 0, &signal, Sign::Positive);
+        let expected = credit.assign(&[response]).unwrap().remove(0).keep;
+        let mut keep = vec![false; tokens];
+        let (score, neutral) = (Score::Mean, Neutral::Drop);
+        jump_mask(
+            &signal,
+            1.0,
+            (0.25, 0.5),
+            score,
+            Sign::Positive,
+            neutral,
+            &mut keep,
+        );
+        assert_eq!(&keep[..], expected.as_slice(), "{signal:?}");
+    }
+}
