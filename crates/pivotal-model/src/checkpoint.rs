@@ -1,19 +1,23 @@
-//! A model on disk, read into memory: config, weights, tokenizer, chat template.
+//! A model on disk: config, weights, tokenizer, chat template.
 
 mod gguf;
 mod gguf_decoder;
 mod map;
 mod quantized;
 pub(crate) mod safetensors;
+mod stored;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::OnceLock;
 
 use pivotal_core::{TokenizerSource, read_file};
 use serde_json::{Map, Value};
 
 use crate::config::DecoderConfig;
 use crate::error::{Error, Result};
+
+use self::stored::Stored;
 
 pub use self::safetensors::{read_tensors, tensors_to_bytes};
 
@@ -24,11 +28,27 @@ const MISSING_LIMIT: usize = 64;
 pub(crate) const VALUE_HEAD: &str = "score.weight";
 const VOCABULARY_HEAD: &str = "lm_head.weight";
 
-/// An array in main memory, row-major.
-#[derive(Clone, Debug, PartialEq)]
+/// An array in main memory, row-major. One of a file stays there until its values are asked for.
+#[derive(Clone, Debug)]
 pub struct HostTensor {
     shape: Vec<usize>,
-    values: Vec<f32>,
+    values: Values,
+}
+
+#[derive(Clone, Debug)]
+enum Values {
+    Here(Vec<f32>),
+    Stored {
+        stored: Stored,
+        /// Once somebody has asked to see them.
+        read: OnceLock<Vec<f32>>,
+    },
+}
+
+impl PartialEq for HostTensor {
+    fn eq(&self, other: &Self) -> bool {
+        self.shape == other.shape && self.values() == other.values()
+    }
 }
 
 impl HostTensor {
@@ -37,14 +57,27 @@ impl HostTensor {
     /// # Errors
     /// [`Error::Shape`] if the shape's product is not the number of values.
     pub fn new(shape: Vec<usize>, values: Vec<f32>) -> Result<Self> {
+        Self::with(shape, values.len(), Values::Here(values))
+    }
+
+    /// An array of `shape` whose values are in a file.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the shape's product is not the number of values.
+    fn stored(shape: Vec<usize>, stored: Stored) -> Result<Self> {
+        let read = OnceLock::new();
+        Self::with(shape, stored.elements(), Values::Stored { stored, read })
+    }
+
+    fn with(shape: Vec<usize>, elements: usize, values: Values) -> Result<Self> {
         let size = shape
             .iter()
             .try_fold(1usize, |size, &dim| size.checked_mul(dim));
-        if size != Some(values.len()) {
+        if size != Some(elements) {
             return Err(Error::Shape {
                 what: "values".into(),
                 expected: shape,
-                found: vec![values.len()],
+                found: vec![elements],
             });
         }
         Ok(Self { shape, values })
@@ -55,23 +88,33 @@ impl HostTensor {
         &self.shape
     }
 
-    /// The values, row-major.
+    /// The values, row-major; those of a file are read now, and stay.
     pub fn values(&self) -> &[f32] {
-        &self.values
+        match &self.values {
+            Values::Here(values) => values,
+            Values::Stored { stored, read } => read.get_or_init(|| stored.read()),
+        }
     }
 
     /// The values, to change in place.
     pub fn values_mut(&mut self) -> &mut [f32] {
-        &mut self.values
+        self.values();
+        match &mut self.values {
+            Values::Here(values) => values,
+            Values::Stored { read, .. } => read.get_mut().expect("they have just been read"),
+        }
     }
 
     /// The values, taken out.
     pub fn into_values(self) -> Vec<f32> {
-        self.values
+        match self.values {
+            Values::Here(values) => values,
+            Values::Stored { stored, read } => read.into_inner().unwrap_or_else(|| stored.read()),
+        }
     }
 }
 
-/// A model on disk, read into memory.
+/// A model on disk; its weights are read as they are asked for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Checkpoint {
     /// The architecture.
@@ -130,7 +173,8 @@ fn missing_tensor(name: &str) -> Error {
     }
 }
 
-/// Reads a Hugging Face directory or a GGUF file, with every weight as `f32`.
+/// Opens a Hugging Face directory or a GGUF file and checks everything but the weights' values, which are read from it as `f32` when
+/// they are asked for: the file must stay as it is until they are.
 ///
 /// # Errors
 /// [`Error::HubId`] for a name that is no path; otherwise whatever is wrong with the files, by name.

@@ -72,10 +72,40 @@ impl Decoder {
         device: &Device,
         precision: Precision,
     ) -> Result<Self> {
+        Self::taken_from(checkpoint, device, precision, Layer::kept)
+    }
+
+    /// [`Decoder::take_from`], and [`Decoder::packed`] a layer at a time: of a checkpoint that has just been opened no more than
+    /// one layer's weights are in memory in f32.
+    ///
+    /// # Errors
+    /// As [`Decoder::take_from`].
+    pub fn take_packed_from(
+        checkpoint: &mut Checkpoint,
+        device: &Device,
+        precision: Precision,
+    ) -> Result<Self> {
+        let keep = match precision {
+            Precision::Bf16 => Layer::packed,
+            Precision::F32 => Layer::kept,
+        };
+        Self::taken_from(checkpoint, device, precision, keep)
+    }
+
+    /// What each layer keeps of its weights is up to `keep`.
+    fn taken_from(
+        checkpoint: &mut Checkpoint,
+        device: &Device,
+        precision: Precision,
+        keep: fn(Layer) -> Layer,
+    ) -> Result<Self> {
         let config = checkpoint.config.clone();
         let mut source = WeightSource::new(checkpoint, device);
         let layers = (0..config.layers)
-            .map(|index| Layer::from_source(&mut source, &config, &format!("model.layers.{index}")))
+            .map(|index| {
+                let path = format!("model.layers.{index}");
+                Ok(keep(Layer::from_source(&mut source, &config, &path)?))
+            })
             .collect::<Result<Vec<_>>>()?;
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let lm_head = match config.tie_word_embeddings {
@@ -235,8 +265,7 @@ impl Decoder {
     #[must_use]
     pub fn packed(mut self) -> Self {
         if self.precision == Precision::Bf16 {
-            self.projections()
-                .for_each(|(_, projection)| projection.pack());
+            self.layers = self.layers.into_iter().map(Layer::packed).collect();
         }
         self
     }
@@ -396,6 +425,19 @@ impl Layer {
             down_proj: down?,
             frozen: Default::default(),
         })
+    }
+
+    /// With every bit of its weights.
+    fn kept(self) -> Self {
+        self
+    }
+
+    /// With what bf16 products read of those that are frozen.
+    fn packed(mut self) -> Self {
+        for (_, projection) in self.projections() {
+            projection.pack();
+        }
+        self
     }
 
     /// The layer's output at every row, or at those that are `read`.

@@ -100,13 +100,6 @@ impl RewardModel {
         }
     }
 
-    /// The same model, its decoder [`Decoder::packed`].
-    #[must_use]
-    pub fn packed(self) -> Self {
-        let decoder = self.decoder.packed();
-        Self { decoder, ..self }
-    }
-
     /// The head in host memory, `[1, hidden]`.
     pub fn head(&self) -> HostTensor {
         to_host(self.head.clone())

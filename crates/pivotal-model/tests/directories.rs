@@ -50,6 +50,28 @@ fn assert_same_bits(got: &Checkpoint, expected: &Checkpoint) {
 }
 
 #[test]
+fn values_are_read_when_they_are_asked_for_and_once() {
+    let directory = copy();
+    let expected = load(&golden("llama")).unwrap();
+    let name = "model.layers.0.self_attn.q_proj.weight";
+    let [first, mut changed, taken] = [(); 3].map(|()| load(directory.path()).unwrap());
+    // A map outlives the name of its file.
+    std::fs::remove_file(directory.path().join("model.safetensors")).unwrap();
+    assert_same_bits(&first, &expected);
+    let once = first.tensors[name].values().as_ptr();
+    assert_eq!(first.tensors[name].values().as_ptr(), once);
+    assert!(first.tensors == expected.tensors);
+    let changed = changed.tensors.get_mut(name).unwrap();
+    changed.values_mut()[0] = 7.0;
+    assert_eq!(changed.values()[0], 7.0);
+    assert_eq!(changed.values()[1..], expected.tensors[name].values()[1..]);
+    assert_ne!(*changed, expected.tensors[name]);
+    assert_eq!(changed.clone().into_values()[0], 7.0);
+    let taken = taken.tensors[name].clone().into_values();
+    assert_eq!(taken, expected.tensors[name].values());
+}
+
+#[test]
 fn golden_checkpoints_load_with_transformers_frequencies() {
     for name in ["llama", "llama3", "llama_bf16", "mistral", "qwen2"] {
         let checkpoint = load(&golden(name)).unwrap();

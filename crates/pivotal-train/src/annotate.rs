@@ -80,7 +80,7 @@ pub fn annotate(config: &AnnotateConfig, overwrite: bool) -> Result<Summary> {
     }
     config.annotate.check()?;
     let data = DataSet::read(&config.data.path, ReadOptions::default())?;
-    let workspace = Workspace::load(&config.model)?.packed();
+    let workspace = Workspace::load_packed(&config.model)?;
     let options = config
         .data
         .tokenize_options(workspace.decoder.config().vocab_size);
@@ -104,9 +104,7 @@ pub fn annotate(config: &AnnotateConfig, overwrite: bool) -> Result<Summary> {
         kind => {
             let path = &config.annotate.reward_model;
             require("reward-model", path)?;
-            let model = workspace
-                .reward_model(path, config.model.precision)?
-                .packed();
+            let model = workspace.reward_model(path, config.model.precision)?;
             scorer = Workspace::reward_model_hash(&model, config.model.precision);
             (levels(kind, &model, &groups, &config.annotate)?, None)
         }

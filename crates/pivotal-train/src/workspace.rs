@@ -34,6 +34,29 @@ impl Workspace {
     /// # Errors
     /// [`Error::Setting`] without a path; otherwise whatever is wrong with the files.
     pub fn load(settings: &ModelSettings) -> Result<Self> {
+        Self::load_by(settings, Decoder::take_from)
+    }
+
+    /// The same, with the decoder [`Decoder::packed`] as it is read: for what does not train its weights.
+    ///
+    /// # Errors
+    /// As [`Workspace::load`].
+    pub fn load_packed(settings: &ModelSettings) -> Result<Self> {
+        Self::load_by(settings, Decoder::take_packed_from)
+    }
+
+    /// [`Workspace::load_packed`] where an adapter is trained, by [`Workspace::trainable`] with these settings.
+    ///
+    /// # Errors
+    /// As [`Workspace::load`].
+    pub fn load_under(settings: &ModelSettings, lora: &LoraSettings) -> Result<Self> {
+        match lora.spec() {
+            Some(_) => Self::load_packed(settings),
+            None => Self::load(settings),
+        }
+    }
+
+    fn load_by(settings: &ModelSettings, take: TakeDecoder) -> Result<Self> {
         if settings.path.as_os_str().is_empty() {
             let expected = "a Hugging Face directory, a .gguf file or a run directory";
             return Err(Error::Setting {
@@ -63,7 +86,7 @@ impl Workspace {
             ChatTemplate::new("chat_template", source, bos.as_deref(), eos.as_deref())
         });
         let template = template.transpose()?;
-        let mut decoder = take_decoder(&mut checkpoint, settings.precision, &device)?;
+        let mut decoder = take(&mut checkpoint, &device, settings.precision.into())?;
         if !settings.adapter.as_os_str().is_empty() {
             let adapter = LoraAdapter::load(&adapter_path(&settings.adapter))?;
             decoder = decoder.with_adapter(&adapter)?;
@@ -75,22 +98,6 @@ impl Workspace {
             template,
             path,
         })
-    }
-
-    /// The same, with the decoder [`Decoder::packed`]: for what does not train its weights.
-    #[must_use]
-    pub fn packed(mut self) -> Self {
-        self.decoder = self.decoder.packed();
-        self
-    }
-
-    /// [`Workspace::packed`] where an adapter is trained, by [`Workspace::trainable`] with these settings.
-    #[must_use]
-    pub fn packed_under(self, lora: &LoraSettings) -> Self {
-        match lora.spec() {
-            Some(_) => self.packed(),
-            None => self,
-        }
     }
 
     /// The decoder, trainable: with a fresh adapter, with the adapter it has, or with every parameter.
@@ -160,7 +167,7 @@ impl Workspace {
         Some(self.path.display().to_string())
     }
 
-    /// A reward model on this model's tokenizer, off the tape: a run, adapter or model directory of `pivotal reward`.
+    /// A reward model on this model's tokenizer, off the tape and packed: a run, adapter or model directory of `pivotal reward`.
     ///
     /// # Errors
     /// [`Error::Setting`] if the directory has no value head, or a model of another tokenizer.
@@ -174,12 +181,12 @@ impl Workspace {
         if adapter.join("adapter_config.json").is_file() {
             let adapter = LoraAdapter::load(&adapter)?;
             let head = adapter.value_head.as_ref().ok_or_else(missing)?;
-            let decoder = self.decoder.base().with_adapter(&adapter)?;
+            let decoder = self.decoder.base().with_adapter(&adapter)?.packed();
             return Ok(RewardModel::with_head(decoder, head)?.detached());
         }
         let mut checkpoint = load(&model_path(path))?;
         self.expect_tokenizer("reward-model", path, &checkpoint)?;
-        let decoder = take_decoder(&mut checkpoint, precision, self.decoder.device())?;
+        let decoder = self.packed_decoder(&mut checkpoint, precision)?;
         let head = checkpoint.value_head().ok_or_else(missing)?;
         Ok(RewardModel::with_head(decoder, head)?.detached())
     }
@@ -196,7 +203,17 @@ impl Workspace {
         }
         let mut checkpoint = load(&model_path(path))?;
         self.expect_tokenizer("oracle", path, &checkpoint)?;
-        Ok(take_decoder(&mut checkpoint, precision, self.decoder.device())?.packed())
+        self.packed_decoder(&mut checkpoint, precision)
+    }
+
+    /// The decoder of another model, on this one's device.
+    fn packed_decoder(&self, checkpoint: &mut Checkpoint, precision: Precision) -> Result<Decoder> {
+        let device = self.decoder.device();
+        Ok(Decoder::take_packed_from(
+            checkpoint,
+            device,
+            precision.into(),
+        )?)
     }
 
     /// Its signal is read token by token: ids must mean the same to both models.
@@ -269,13 +286,9 @@ fn weights_hash(
     hasher.finish()
 }
 
-fn take_decoder(
-    checkpoint: &mut Checkpoint,
-    precision: Precision,
-    device: &Device,
-) -> Result<Decoder> {
-    Ok(Decoder::take_from(checkpoint, device, precision.into())?)
-}
+/// How a decoder is made of a checkpoint.
+type TakeDecoder =
+    fn(&mut Checkpoint, &Device, pivotal_ops::Precision) -> pivotal_model::Result<Decoder>;
 
 fn tokenizer(checkpoint: &Checkpoint, path: &Path) -> Result<Tokenizer> {
     let missing = |what: &'static str| Error::Setting {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use pivotal_core::{TokenizedPair, TokenizedResponse};
-use pivotal_model::{Decoder, LoraSpec, Parameter, Parameters, load};
+use pivotal_model::{Checkpoint, Decoder, LoraSpec, Parameter, Parameters, load};
 use pivotal_ops::Precision;
 use pivotal_train::score::{Group, token_logps};
 use pivotal_train::settings::{self, OptimizerSettings};
@@ -15,10 +15,13 @@ use pivotal_train::workspace::Workspace;
 /// A head tied to the embedding, one of its own, and biases.
 const FAMILIES: [&str; 3] = ["llama", "llama3", "qwen2"];
 
-fn decoder(family: &str, precision: Precision) -> Decoder {
+fn checkpoint(family: &str) -> Checkpoint {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../pivotal-model/tests/golden");
-    let checkpoint = load(&path.join(family)).unwrap();
-    Decoder::from_checkpoint(&checkpoint, &Device::flex(), precision).unwrap()
+    load(&path.join(family)).unwrap()
+}
+
+fn decoder(family: &str, precision: Precision) -> Decoder {
+    Decoder::from_checkpoint(&checkpoint(family), &Device::flex(), precision).unwrap()
 }
 
 /// An adapter on `targets`, its `B` not zero.
@@ -119,6 +122,30 @@ fn what_is_trained_or_multiplied_in_f32_stays_whole() {
     assert_eq!(packed_weights(&whole), 0);
     let trained = decoder("llama", Precision::Bf16).trainable().packed();
     assert_eq!(packed_weights(&trained), 0);
+}
+
+#[test]
+fn packed_as_it_is_read_is_packed_afterwards() {
+    for family in FAMILIES {
+        for precision in [Precision::Bf16, Precision::F32] {
+            let mut checkpoint = checkpoint(family);
+            let device = Device::flex();
+            let read = Decoder::take_packed_from(&mut checkpoint, &device, precision).unwrap();
+            assert!(checkpoint.tensors.is_empty(), "{family}");
+            let packed = decoder(family, precision).packed();
+            assert_eq!(packed_weights(&read), packed_weights(&packed), "{family}");
+            let hash = |decoder| Workspace::decoder_hash(decoder, settings::Precision::Bf16);
+            assert_eq!(hash(&read), hash(&packed), "{family}");
+            let logps = |decoder: &Decoder| {
+                let group = Group {
+                    prompt: &[5, 9],
+                    responses: vec![&[7, 8, 3, 20, 4]],
+                };
+                token_logps(decoder, &[group], 64).unwrap()
+            };
+            assert_eq!(logps(&read), logps(&packed), "{family}");
+        }
+    }
 }
 
 #[test]

@@ -97,12 +97,17 @@ impl Generate {
                 "`--out` lies in no directory that exists".to_owned(),
             ));
         }
-        let workspace = Workspace::load(&ModelSettings {
+        let model = ModelSettings {
             path: self.model.clone(),
             adapter: self.adapter.clone().unwrap_or_default(),
             precision: self.precision,
             ..ModelSettings::default()
-        })?;
+        };
+        let workspace = match self.adapter {
+            // It is merged into all the bits that the file has.
+            Some(_) => Workspace::load(&model)?,
+            None => Workspace::load_packed(&model)?,
+        };
         let prompts = self.prompts(&workspace)?;
         let settings = GenerateSettings {
             sampling: Sampling {

@@ -43,7 +43,7 @@ struct Line {
 impl Logps {
     pub(crate) fn run(self) -> Result<(), Failure> {
         let ids = self.ids.as_deref().map(parse_ids).transpose()?;
-        let workspace = Workspace::load(&ModelSettings {
+        let workspace = Workspace::load_packed(&ModelSettings {
             path: self.model,
             adapter: self.adapter.unwrap_or_default(),
             precision: self.precision,

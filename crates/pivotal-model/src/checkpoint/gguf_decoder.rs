@@ -7,7 +7,8 @@ use pivotal_core::{BpeVocabulary, TokenKind, TokenizerSource};
 use serde_json::Map;
 
 use super::gguf::{Gguf, Tensor, Value};
-use super::map::map_file;
+use super::map::{MappedFile, map_file};
+use super::stored::Stored;
 use super::{Checkpoint, HostTensor, names_to_read};
 use crate::config::{DecoderConfig, Family, RopeScaling, SpecialIds};
 use crate::error::{Error, Result};
@@ -20,13 +21,8 @@ const DIVISOR_TOLERANCE: f64 = 1e-4;
 
 /// Reads a GGUF file.
 pub(super) fn load(path: &Path) -> Result<Checkpoint> {
-    let map = map_file(path)?;
-    read(&map, path)
-}
-
-/// Reads the bytes of a GGUF file; `path` is only for messages.
-fn read(bytes: &[u8], path: &Path) -> Result<Checkpoint> {
-    let gguf = Gguf::parse(bytes, path)?;
+    let file = map_file(path)?;
+    let gguf = Gguf::parse(&file, path)?;
     let keys = Keys { path, gguf: &gguf };
     let config = keys.config()?;
     let chat_template = keys.text("tokenizer.chat_template")?.map(str::to_owned);
@@ -52,7 +48,7 @@ fn read(bytes: &[u8], path: &Path) -> Result<Checkpoint> {
     let tensors = names_to_read(path, &config, &shapes)?
         .into_iter()
         .map(|name| {
-            let tensor = to_host(&name, sources[&name], &config)?;
+            let tensor = to_host(&file, &name, sources[&name], &config)?;
             Ok((name, tensor))
         })
         .collect::<Result<_>>()?;
@@ -90,26 +86,27 @@ fn hugging_face_name(name: &str) -> Option<String> {
     Some(format!("model.layers.{layer}.{module}.{kind}"))
 }
 
-fn to_host(name: &str, tensor: &Tensor<'_>, config: &DecoderConfig) -> Result<HostTensor> {
-    let mut values = tensor.storage.expand(tensor.data);
-    if config.family == Family::Llama {
-        let heads = if name.contains(".q_proj.") {
-            Some(config.heads)
-        } else if name.contains(".k_proj.") {
-            Some(config.kv_heads)
-        } else {
-            None
-        };
-        if let Some(heads) = heads {
-            values = separate_halves(&values, heads, config.head_dim);
-        }
-    }
-    HostTensor::new(tensor.shape.clone(), values)
+fn to_host(
+    file: &MappedFile,
+    name: &str,
+    tensor: &Tensor<'_>,
+    config: &DecoderConfig,
+) -> Result<HostTensor> {
+    let heads = match config.family {
+        Family::Llama if name.contains(".q_proj.") => Some(config.heads),
+        Family::Llama if name.contains(".k_proj.") => Some(config.kv_heads),
+        _ => None,
+    };
+    let stored = Stored {
+        interleaved: heads.map(|heads| [heads, config.head_dim]),
+        ..Stored::new(file, tensor.data, tensor.storage)
+    };
+    HostTensor::stored(tensor.shape.clone(), stored)
 }
 
 /// Undoes the row order of llama.cpp's converter for Llama, which interleaves the two halves of each head for its
 /// pairwise rotary embedding; Hugging Face keeps the halves apart.
-fn separate_halves(values: &[f32], heads: usize, head_dim: usize) -> Vec<f32> {
+pub(super) fn separate_halves(values: &[f32], heads: usize, head_dim: usize) -> Vec<f32> {
     let width = values.len() / (heads * head_dim);
     let mut out = Vec::with_capacity(values.len());
     for head in 0..heads {

@@ -1,10 +1,11 @@
-//! GGUF's block formats, expanded to `f32` in the order of operations of the `gguf` Python package, so bit for bit.
+//! How files store elements: floats, and GGUF's block formats, expanded to `f32` in the order of operations of the `gguf` Python
+//! package, so bit for bit.
 //!
 //! Block layouts: ggml, `ggml-common.h` and `ggml-quants.c`.
 
 use half::{bf16, f16};
 
-/// How a GGUF tensor stores its elements.
+/// How a tensor's elements are stored: the first three in safetensors too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Storage {
     F32,
@@ -63,51 +64,69 @@ impl Storage {
         }
     }
 
+    /// The number of elements in the whole blocks of so many bytes.
+    pub(super) fn elements(self, data_bytes: usize) -> usize {
+        let (elements, bytes) = self.block();
+        data_bytes / bytes * elements
+    }
+
     /// The elements of whole blocks.
     pub(super) fn expand(self, data: &[u8]) -> Vec<f32> {
+        match self {
+            Self::F32 => floats(data, f32::from_le_bytes),
+            Self::F16 => floats(data, |bytes| f16::from_le_bytes(bytes).to_f32()),
+            Self::Bf16 => floats(data, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+            Self::Q4_0 => self.blocks(data, |out, block| {
+                small(out, half_at(block, 0), None, &block[2..], |_| 0, 8);
+            }),
+            Self::Q4_1 => self.blocks(data, |out, block| {
+                let minimum = Some(half_at(block, 2));
+                small(out, half_at(block, 0), minimum, &block[4..], |_| 0, 0);
+            }),
+            Self::Q5_0 => self.blocks(data, |out, block| {
+                let fifth = fifth_bits(&block[2..6]);
+                small(out, half_at(block, 0), None, &block[6..], fifth, 16);
+            }),
+            Self::Q5_1 => self.blocks(data, |out, block| {
+                let (minimum, fifth) = (Some(half_at(block, 2)), fifth_bits(&block[4..8]));
+                small(out, half_at(block, 0), minimum, &block[8..], fifth, 0);
+            }),
+            Self::Q8_0 => self.blocks(data, |out, block| {
+                let scale = half_at(block, 0);
+                for (value, &byte) in out.iter_mut().zip(&block[2..]) {
+                    *value = f32::from(byte.cast_signed()) * scale;
+                }
+            }),
+            Self::Q4K => self.blocks(data, |out, block| {
+                super_blocks(out, block, &block[16..], |_, _| 0);
+            }),
+            Self::Q5K => self.blocks(data, |out, block| {
+                let high = &block[16..48];
+                super_blocks(out, block, &block[48..], |group, index| {
+                    (high[index] >> group & 1) << 4
+                });
+            }),
+            Self::Q6K => self.blocks(data, six_bits),
+        }
+    }
+
+    /// The elements of blocks, each of which `expand` writes.
+    fn blocks(self, data: &[u8], expand: impl Fn(&mut [f32], &[u8])) -> Vec<f32> {
         let (elements, bytes) = self.block();
-        let mut values = vec![0.0; data.len() / bytes * elements];
-        let pairs = data
-            .chunks_exact(bytes)
-            .zip(values.chunks_exact_mut(elements));
-        for (block, out) in pairs {
-            match self {
-                Self::F32 => {
-                    out[0] = f32::from_le_bytes([block[0], block[1], block[2], block[3]]);
-                }
-                Self::F16 => out[0] = half_at(block, 0),
-                Self::Bf16 => out[0] = bf16::from_le_bytes([block[0], block[1]]).to_f32(),
-                Self::Q4_0 => small(out, half_at(block, 0), None, &block[2..], |_| 0, 8),
-                Self::Q4_1 => {
-                    let minimum = Some(half_at(block, 2));
-                    small(out, half_at(block, 0), minimum, &block[4..], |_| 0, 0);
-                }
-                Self::Q5_0 => {
-                    let fifth = fifth_bits(&block[2..6]);
-                    small(out, half_at(block, 0), None, &block[6..], fifth, 16);
-                }
-                Self::Q5_1 => {
-                    let (minimum, fifth) = (Some(half_at(block, 2)), fifth_bits(&block[4..8]));
-                    small(out, half_at(block, 0), minimum, &block[8..], fifth, 0);
-                }
-                Self::Q8_0 => {
-                    let scale = half_at(block, 0);
-                    for (value, &byte) in out.iter_mut().zip(&block[2..]) {
-                        *value = f32::from(byte.cast_signed()) * scale;
-                    }
-                }
-                Self::Q4K => super_blocks(out, block, &block[16..], |_, _| 0),
-                Self::Q5K => {
-                    let high = &block[16..48];
-                    super_blocks(out, block, &block[48..], |group, index| {
-                        (high[index] >> group & 1) << 4
-                    });
-                }
-                Self::Q6K => six_bits(out, block),
-            }
+        let mut values = vec![0.0; self.elements(data.len())];
+        for (out, block) in values
+            .chunks_exact_mut(elements)
+            .zip(data.chunks_exact(bytes))
+        {
+            expand(out, block);
         }
         values
     }
+}
+
+fn floats<const N: usize>(data: &[u8], convert: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+    let (numbers, _) = data.as_chunks();
+    numbers.iter().map(|&bytes| convert(bytes)).collect()
 }
 
 fn half_at(block: &[u8], at: usize) -> f32 {

@@ -6,20 +6,28 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use half::{bf16, f16};
-use memmap2::Mmap;
-use pivotal_core::{FileError, content_hash, read_file};
+use pivotal_core::{ContentHasher, FileError, read_file};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-use super::map::map_file;
+use super::map::{MappedFile, map_file};
+use super::quantized::Storage;
+use super::stored::Stored;
 use super::{HostTensor, names_to_read, read_optional};
 use crate::config::DecoderConfig;
 use crate::error::{Error, Result};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// Bytes of a file that are hashed at a time.
+const HASHED_BYTES: usize = 64 << 20;
+
+/// A file of tensors.
+struct Opened {
+    path: PathBuf,
+    map: MappedFile,
+}
 
 /// Reads every weight that `config` asks for from a Hugging Face directory.
 pub(super) fn read_weights(
@@ -29,7 +37,7 @@ pub(super) fn read_weights(
     let files = weight_files(directory)?;
     let maps = open(files.keys())?;
     let opened = parse(&maps)?;
-    for ((path, tensors), named) in opened.iter().zip(files.values()) {
+    for ((file, tensors), named) in opened.iter().zip(files.values()) {
         let held: BTreeSet<&str> = tensors.names().into_iter().collect();
         let missing: Vec<String> = named
             .iter()
@@ -38,7 +46,7 @@ pub(super) fn read_weights(
             .collect();
         if !missing.is_empty() {
             return Err(Error::MissingTensors {
-                path: path.into(),
+                path: file.path.clone(),
                 names: missing,
             });
         }
@@ -46,26 +54,25 @@ pub(super) fn read_weights(
     let views = collect(&opened)?;
     let shapes = views
         .iter()
-        .map(|(name, (_, view))| (name.clone(), view.shape().to_vec()))
+        .map(|(name, found)| (name.clone(), found.view.shape().to_vec()))
         .collect();
     names_to_read(directory, config, &shapes)?
         .into_iter()
         .map(|name| {
-            let (path, view) = &views[&name];
-            let tensor = to_host(path, &name, view)?;
+            let tensor = to_host(&name, &views[&name])?;
             Ok((name, tensor))
         })
         .collect()
 }
 
-/// Reads every tensor of one file.
+/// Every tensor of one file.
 pub(crate) fn read_all(path: &Path) -> Result<BTreeMap<String, HostTensor>> {
     let maps = open([path])?;
     let opened = parse(&maps)?;
     collect(&opened)?
         .into_iter()
-        .map(|(name, (path, view))| {
-            let tensor = to_host(path, &name, &view)?;
+        .map(|(name, found)| {
+            let tensor = to_host(&name, &found)?;
             Ok((name, tensor))
         })
         .collect()
@@ -163,7 +170,7 @@ fn is_plain_name(name: &str) -> bool {
 }
 
 /// Maps files, and compares each with the checksum beside it where there is one.
-fn open(paths: impl IntoIterator<Item = impl AsRef<Path>>) -> Result<Vec<(PathBuf, Mmap)>> {
+fn open(paths: impl IntoIterator<Item = impl AsRef<Path>>) -> Result<Vec<Opened>> {
     paths
         .into_iter()
         .map(|path| {
@@ -176,7 +183,7 @@ fn open(paths: impl IntoIterator<Item = impl AsRef<Path>>) -> Result<Vec<(PathBu
                 let expected = String::from_utf8_lossy(&read_file(&checksum)?)
                     .trim()
                     .to_owned();
-                let found = content_hash(&map);
+                let found = hash(&map);
                 if found != expected {
                     return Err(Error::File(FileError::Damaged {
                         path,
@@ -185,32 +192,48 @@ fn open(paths: impl IntoIterator<Item = impl AsRef<Path>>) -> Result<Vec<(PathBu
                     }));
                 }
             }
-            Ok((path, map))
+            Ok(Opened { path, map })
         })
         .collect()
 }
 
-fn parse(maps: &[(PathBuf, Mmap)]) -> Result<Vec<(&Path, SafeTensors<'_>)>> {
+/// The hash of a file, of which no more than a piece is in memory at a time.
+fn hash(map: &MappedFile) -> String {
+    let mut hasher = ContentHasher::default();
+    for start in (0..map.len()).step_by(HASHED_BYTES) {
+        let piece = start..(start + HASHED_BYTES).min(map.len());
+        hasher.update(&map[piece.clone()]);
+        map.forget(piece);
+    }
+    hasher.finish()
+}
+
+fn parse(maps: &[Opened]) -> Result<Vec<(&Opened, SafeTensors<'_>)>> {
     maps.iter()
-        .map(|(path, map)| {
-            let tensors = SafeTensors::deserialize(map).map_err(|source| Error::Safetensors {
-                path: path.clone(),
-                source,
-            })?;
-            Ok((path.as_path(), tensors))
+        .map(|opened| {
+            let tensors =
+                SafeTensors::deserialize(&opened.map).map_err(|source| Error::Safetensors {
+                    path: opened.path.clone(),
+                    source,
+                })?;
+            Ok((opened, tensors))
         })
         .collect()
 }
 
-type Views<'a> = BTreeMap<String, (&'a Path, TensorView<'a>)>;
+/// A tensor, and the file that it is in.
+struct Found<'a> {
+    file: &'a Opened,
+    view: TensorView<'a>,
+}
 
-fn collect<'a>(opened: &[(&'a Path, SafeTensors<'a>)]) -> Result<Views<'a>> {
+fn collect<'a>(files: &[(&'a Opened, SafeTensors<'a>)]) -> Result<BTreeMap<String, Found<'a>>> {
     let mut views = BTreeMap::new();
-    for (path, tensors) in opened {
+    for (file, tensors) in files {
         for (name, view) in tensors.tensors() {
-            if views.insert(name.clone(), (*path, view)).is_some() {
+            if views.insert(name.clone(), Found { file, view }).is_some() {
                 return Err(Error::DuplicateTensor {
-                    path: path.into(),
+                    path: file.path.clone(),
                     tensor: name,
                 });
             }
@@ -219,35 +242,22 @@ fn collect<'a>(opened: &[(&'a Path, SafeTensors<'a>)]) -> Result<Views<'a>> {
     Ok(views)
 }
 
-fn to_host(path: &Path, name: &str, view: &TensorView<'_>) -> Result<HostTensor> {
-    let data = view.data();
-    let values = match view.dtype() {
-        Dtype::F32 => data
-            .as_chunks()
-            .0
-            .iter()
-            .map(|&bytes| f32::from_le_bytes(bytes))
-            .collect(),
-        Dtype::F16 => half_values(data, |bytes| f16::from_le_bytes(bytes).to_f32()),
-        Dtype::BF16 => half_values(data, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+fn to_host(name: &str, Found { file, view }: &Found<'_>) -> Result<HostTensor> {
+    let storage = match view.dtype() {
+        Dtype::F32 => Storage::F32,
+        Dtype::F16 => Storage::F16,
+        Dtype::BF16 => Storage::Bf16,
         other => {
             return Err(Error::TensorType {
-                path: path.into(),
+                path: file.path.clone(),
                 tensor: name.into(),
                 found: format!("{other:?}"),
                 expected: "F32, F16, BF16",
             });
         }
     };
-    HostTensor::new(view.shape().to_vec(), values)
-}
-
-fn half_values(data: &[u8], convert: impl Fn([u8; 2]) -> f32) -> Vec<f32> {
-    data.as_chunks()
-        .0
-        .iter()
-        .map(|&bytes| convert(bytes))
-        .collect()
+    let stored = Stored::new(&file.map, view.data(), storage);
+    HostTensor::stored(view.shape().to_vec(), stored)
 }
 
 #[cfg(test)]

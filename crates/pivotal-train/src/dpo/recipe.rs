@@ -98,7 +98,7 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
     config.credit.resolve()?;
     config.warnings.check()?;
     let data = DataSet::read(&config.data.path, ReadOptions::default())?;
-    let mut workspace = Workspace::load(&config.model)?.packed_under(&config.lora);
+    let mut workspace = Workspace::load_under(&config.model, &config.lora)?;
     let options = config
         .data
         .tokenize_options(workspace.decoder.config().vocab_size);

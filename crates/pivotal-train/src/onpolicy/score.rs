@@ -68,7 +68,7 @@ impl Scorer {
         let path = &settings.reward_model;
         let reward_model = match path.as_os_str().is_empty() {
             true => None,
-            false => Some(workspace.reward_model(path, precision)?.packed()),
+            false => Some(workspace.reward_model(path, precision)?),
         };
         let scorer = Self {
             settings: settings.clone(),

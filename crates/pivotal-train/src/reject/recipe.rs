@@ -132,7 +132,7 @@ pub fn train(config: &RejectConfig, mode: StartMode) -> Result<Summary> {
     )?;
     check(config)?;
     let (seed, precision) = (config.run.seed, config.model.precision);
-    let mut workspace = Workspace::load(&config.model)?.packed_under(&config.lora);
+    let mut workspace = Workspace::load_under(&config.model, &config.lora)?;
     let prompts = read_prompts(&config.data, &workspace)?;
     let warnings = prompt_warnings(&config.data.path, &workspace)?;
     let budget = config.optimizer.micro_batch_tokens;

@@ -108,7 +108,7 @@ pub fn train(config: &SftConfig, mode: StartMode) -> Result<Summary> {
         });
     }
     let data = DataSet::read(&config.data.path, ReadOptions::default())?;
-    let mut workspace = Workspace::load(&config.model)?.packed_under(&config.lora);
+    let mut workspace = Workspace::load_under(&config.model, &config.lora)?;
     let options = config
         .data
         .tokenize_options(workspace.decoder.config().vocab_size);

@@ -34,19 +34,16 @@ pub(crate) struct Subject {
 impl Subject {
     /// The base is packed where adapters are trained, as the recipes' is.
     pub(crate) fn load(settings: &Settings) -> Result<Self, Failure> {
-        let subject = Self::read(settings)?;
-        Ok(match settings.lora_rank {
-            0 => subject,
-            _ => Self {
-                base: subject.base.packed(),
-                ..subject
-            },
-        })
-    }
-
-    fn read(settings: &Settings) -> Result<Self, Failure> {
+        let lora = LoraSettings {
+            rank: settings.lora_rank,
+            ..LoraSettings::default()
+        };
         let Some(path) = &settings.model else {
             let base = random_decoder(smollm2_shape(), settings)?;
+            let base = match lora.spec() {
+                Some(_) => base.packed(),
+                None => base,
+            };
             let (pairs, data) = synthetic(base.config(), settings);
             let model = "random weights of SmolLM2-135M's shape".to_owned();
             return Ok(Self {
@@ -56,11 +53,12 @@ impl Subject {
                 data,
             });
         };
-        let workspace = Workspace::load(&ModelSettings {
+        let model = ModelSettings {
             path: path.clone(),
             precision: settings.precision,
             ..ModelSettings::default()
-        })?;
+        };
+        let workspace = Workspace::load_under(&model, &lora)?;
         let name = |path: &std::path::Path| {
             let name = path.file_name().unwrap_or(path.as_os_str());
             name.to_string_lossy().into_owned()
