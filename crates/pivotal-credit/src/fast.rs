@@ -122,7 +122,7 @@ pub fn jump_mask(
                 // The signal's last word is filled up: no segment ends beyond the signal.
                 let mut padded = [0.0; WINDOW];
                 let window = rest.first_chunk().unwrap_or_else(|| {
-                    fill_up(&mut padded, rest);
+                    padded[..rest.len()].copy_from_slice(rest);
                     &padded
                 });
                 // The signal's end is where its last segment ends, as if another began there.
@@ -180,17 +180,6 @@ pub fn jump_mask(
     {
         close(signal, start..signal.len(), score, decision, keep);
     }
-}
-
-/// Copies `rest` to the beginning of `padded`, eight at a time.
-#[inline]
-fn fill_up(padded: &mut [f32; WINDOW], rest: &[f32]) {
-    let (chunks, last) = rest.as_chunks::<8>();
-    let (slots, _) = padded.as_chunks_mut::<8>();
-    for (slot, chunk) in slots.iter_mut().zip(chunks) {
-        *slot = *chunk;
-    }
-    padded[rest.len() - last.len()..rest.len()].copy_from_slice(last);
 }
 
 /// Decides on one segment and sets its flags; those of up to seven tokens after it may be set too, so segments are closed in

@@ -96,6 +96,13 @@ impl HostTensor {
         }
     }
 
+    /// Reads what is still in a file, which is then needed no more.
+    pub(crate) fn leave_file(&mut self) {
+        if let Values::Stored { stored, read } = &mut self.values {
+            self.values = Values::Here(read.take().unwrap_or_else(|| stored.read()));
+        }
+    }
+
     /// The values, to change in place.
     pub fn values_mut(&mut self) -> &mut [f32] {
         self.values();
@@ -174,7 +181,7 @@ fn missing_tensor(name: &str) -> Error {
 }
 
 /// Opens a Hugging Face directory or a GGUF file and checks everything but the weights' values, which are read from it as `f32` when
-/// they are asked for: the file must stay as it is until they are.
+/// they are asked for: the file must stay as it is until a decoder has been made of them.
 ///
 /// # Errors
 /// [`Error::HubId`] for a name that is no path; otherwise whatever is wrong with the files, by name.

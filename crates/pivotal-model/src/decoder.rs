@@ -72,7 +72,7 @@ impl Decoder {
         device: &Device,
         precision: Precision,
     ) -> Result<Self> {
-        Self::taken_from(checkpoint, device, precision, Layer::kept)
+        Self::taken_from(checkpoint, device, precision, false)
     }
 
     /// [`Decoder::take_from`], and [`Decoder::packed`] a layer at a time: of a checkpoint that has just been opened no more than
@@ -85,26 +85,23 @@ impl Decoder {
         device: &Device,
         precision: Precision,
     ) -> Result<Self> {
-        let keep = match precision {
-            Precision::Bf16 => Layer::packed,
-            Precision::F32 => Layer::kept,
-        };
-        Self::taken_from(checkpoint, device, precision, keep)
+        let is_packed = precision == Precision::Bf16;
+        Self::taken_from(checkpoint, device, precision, is_packed)
     }
 
-    /// What each layer keeps of its weights is up to `keep`.
     fn taken_from(
         checkpoint: &mut Checkpoint,
         device: &Device,
         precision: Precision,
-        keep: fn(Layer) -> Layer,
+        is_packed: bool,
     ) -> Result<Self> {
         let config = checkpoint.config.clone();
         let mut source = WeightSource::new(checkpoint, device);
         let layers = (0..config.layers)
             .map(|index| {
                 let path = format!("model.layers.{index}");
-                Ok(keep(Layer::from_source(&mut source, &config, &path)?))
+                let layer = Layer::from_source(&mut source, &config, &path)?;
+                Ok(if is_packed { layer.packed() } else { layer })
             })
             .collect::<Result<Vec<_>>>()?;
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
@@ -112,11 +109,17 @@ impl Decoder {
             true => None,
             false => Some(source.tensor("lm_head.weight", [vocab, hidden])?),
         };
+        let embed_tokens = source.tensor("model.embed_tokens.weight", [vocab, hidden])?;
+        let norm = source.tensor("model.norm.weight", [hidden])?;
+        // A value head: nobody knows how long it will lie there.
+        for tensor in checkpoint.tensors.values_mut() {
+            tensor.leave_file();
+        }
         Ok(Self {
             inverse_frequencies: config.inverse_frequencies(),
-            embed_tokens: source.tensor("model.embed_tokens.weight", [vocab, hidden])?,
+            embed_tokens,
             layers,
-            norm: source.tensor("model.norm.weight", [hidden])?,
+            norm,
             lm_head,
             frozen_head: FrozenCache::default(),
             config,
@@ -425,11 +428,6 @@ impl Layer {
             down_proj: down?,
             frozen: Default::default(),
         })
-    }
-
-    /// With every bit of its weights.
-    fn kept(self) -> Self {
-        self
     }
 
     /// With what bf16 products read of those that are frozen.

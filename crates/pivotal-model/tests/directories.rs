@@ -4,8 +4,10 @@ mod memory;
 
 use std::path::{Path, PathBuf};
 
+use burn::tensor::Device;
 use pivotal_core::{ErrorKind, HasKind, TokenizerSource};
-use pivotal_model::{Checkpoint, Error, HostTensor, RopeScaling, load, save};
+use pivotal_kernels::Precision;
+use pivotal_model::{Checkpoint, Decoder, Error, HostTensor, RopeScaling, load, save};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -147,6 +149,25 @@ fn a_value_head_survives_and_stands_in_for_the_vocabulary_head() {
     assert_eq!(again.value_head(), checkpoint.value_head());
     assert!(again.vocabulary_head().is_err());
     assert!(load(&golden("llama3")).unwrap().vocabulary_head().is_ok());
+}
+
+#[test]
+fn a_decoder_leaves_nothing_in_the_file_it_came_from() {
+    let mut checkpoint = load(&golden("llama")).unwrap();
+    let hidden = checkpoint.config.hidden_size;
+    let head = HostTensor::new(vec![1, hidden], vec![0.5; hidden]).unwrap();
+    checkpoint
+        .tensors
+        .insert("score.weight".into(), head.clone());
+    let directory = tempfile::tempdir().unwrap();
+    save(&checkpoint, directory.path()).unwrap();
+    let mut again = load(directory.path()).unwrap();
+    Decoder::take_from(&mut again, &Device::flex(), Precision::F32).unwrap();
+    // In place, as another program may.
+    let weights = directory.path().join("model.safetensors");
+    let bytes = std::fs::metadata(&weights).unwrap().len();
+    std::fs::write(weights, vec![0; bytes as usize]).unwrap();
+    assert_eq!(again.value_head(), Some(&head));
 }
 
 #[test]

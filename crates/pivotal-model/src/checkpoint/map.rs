@@ -17,7 +17,7 @@ pub(crate) struct MappedFile(Arc<Mmap>);
 #[allow(unsafe_code)]
 pub(crate) fn map_file(path: &Path) -> Result<MappedFile> {
     let file = File::open(path).map_err(|source| Error::read(path, source))?;
-    // SAFETY: the map is private to this crate, read-only, and dropped with the last tensor that has not been read from it. Pivotal
+    // SAFETY: the map is private to this crate, read-only, and dropped once a decoder has been made of its tensors. Pivotal
     // never writes to a model file in place (every write is a rename), so its own processes cannot change these bytes;
     // another program that truncates the file meanwhile ends this one by signal, as with every mapped file.
     let map = unsafe { Mmap::map(&file) }.map_err(|source| Error::read(path, source))?;

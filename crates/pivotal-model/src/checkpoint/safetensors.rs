@@ -65,14 +65,15 @@ pub(super) fn read_weights(
         .collect()
 }
 
-/// Every tensor of one file.
+/// Reads every tensor of one file.
 pub(crate) fn read_all(path: &Path) -> Result<BTreeMap<String, HostTensor>> {
     let maps = open([path])?;
     let opened = parse(&maps)?;
     collect(&opened)?
         .into_iter()
         .map(|(name, found)| {
-            let tensor = to_host(&name, &found)?;
+            let mut tensor = to_host(&name, &found)?;
+            tensor.leave_file();
             Ok((name, tensor))
         })
         .collect()
@@ -263,6 +264,21 @@ fn to_host(name: &str, Found { file, view }: &Found<'_>) -> Result<HostTensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tensors_of_a_file_do_not_change_with_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x.safetensors");
+        let tensors = |value| {
+            let tensor = HostTensor::new(vec![2], vec![value; 2]).unwrap();
+            BTreeMap::from([("w".to_owned(), tensor)])
+        };
+        std::fs::write(&path, tensors_to_bytes(&tensors(1.0)).unwrap()).unwrap();
+        let read = read_tensors(&path).unwrap();
+        // In place: another program's way of writing.
+        std::fs::write(&path, tensors_to_bytes(&tensors(2.0)).unwrap()).unwrap();
+        assert_eq!(read, tensors(1.0));
+    }
 
     #[test]
     fn the_three_types_read_by_hand() {

@@ -22,12 +22,10 @@ impl Stored {
     /// # Panics
     /// If it is not.
     pub(super) fn new(file: &MappedFile, data: &[u8], storage: Storage) -> Self {
-        let start = (data.as_ptr().addr()).wrapping_sub(file.as_ptr().addr());
+        let start = data.as_ptr().addr().wrapping_sub(file.as_ptr().addr());
         let bytes = start..start.wrapping_add(data.len());
-        assert!(
-            data.is_empty() || file.get(bytes.clone()).is_some(),
-            "the tensor lies in another file"
-        );
+        let is_inside = file.get(bytes.clone()).is_some();
+        assert!(is_inside, "the tensor lies in another file");
         Self {
             file: file.clone(),
             bytes,

@@ -34,10 +34,7 @@ pub(crate) struct Subject {
 impl Subject {
     /// The base is packed where adapters are trained, as the recipes' is.
     pub(crate) fn load(settings: &Settings) -> Result<Self, Failure> {
-        let lora = LoraSettings {
-            rank: settings.lora_rank,
-            ..LoraSettings::default()
-        };
+        let lora = lora(settings.lora_rank);
         let Some(path) = &settings.model else {
             let base = random_decoder(smollm2_shape(), settings)?;
             let base = match lora.spec() {
@@ -91,14 +88,18 @@ impl Subject {
 
     /// What is trained: adapters of `rank` on every linear layer, or every parameter for 0.
     pub(crate) fn policy(&self, rank: usize) -> Result<Decoder, Failure> {
-        let lora = LoraSettings {
-            rank,
-            ..LoraSettings::default()
-        };
-        match lora.spec() {
+        match lora(rank).spec() {
             Some(spec) => Ok(self.base.clone().with_lora(&spec, 1)?),
             None => Ok(self.base.clone().trainable()),
         }
+    }
+}
+
+/// Adapters of `rank` on every linear layer, or none for 0.
+fn lora(rank: usize) -> LoraSettings {
+    LoraSettings {
+        rank,
+        ..LoraSettings::default()
     }
 }
 
