@@ -1,13 +1,14 @@
 //! A key-value cache laid out for attention of one token at a time, and that attention.
 //!
 //! Keys lie in blocks of 16 positions, transposed, so that a block's scores are 16 sums side by side; values lie position by
-//! position. A prompt's cache is read once for several of its samples: their queries are rows of one small product.
+//! position (with bf16 pair by pair). A prompt's cache is read once for several of its samples: their queries are rows of one small
+//! product.
 
 use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
 use crate::key_values_avx512;
-use crate::lanes::{LANES, Lanes, exp_shifted, maximum, sum};
+use crate::lanes::{exp_shifted, maximum, sum};
 use crate::matmul::Precision;
 #[cfg(target_arch = "x86_64")]
 use crate::matmul::bf16_available;
@@ -15,18 +16,22 @@ use crate::parallel::{SharedOut, check_len, for_each_block, with_scratch};
 use crate::plan::AttentionShape;
 use crate::processor::{Processor, processor};
 
+mod ahead;
 mod append;
+mod laid;
+mod portable;
 mod runs;
 
 pub use append::append_step;
+
+use ahead::Ahead;
+use laid::{Laid, padded};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use laid::{Pair, Word};
 use runs::runs;
 
 /// Positions of a block.
 pub(crate) const BLOCK: usize = 16;
-/// Vectors of a block's positions.
-const VECTORS: usize = BLOCK / LANES;
-/// Queries multiplied together: their sums are half of the 16 AVX registers.
-const QUERIES: usize = 4;
 /// Runs for each thread at which a task has all heads of a run: enough that threads end together.
 const RUNS_A_THREAD: usize = 4;
 
@@ -42,93 +47,9 @@ pub struct KeyValues {
 #[derive(Clone, Debug, PartialEq)]
 enum Stored {
     F32(Laid<f32>),
-    /// Rounded, which halves what a step reads. Only where there is AVX-512, which widens them on the way.
+    /// Rounded, which halves what a step reads and doubles what it multiplies in a time. Only where there is AVX-512 BF16.
     #[cfg(target_arch = "x86_64")]
-    Bf16(Laid<Bf16>),
-}
-
-#[derive(Clone, Debug, Default, PartialEq)]
-struct Laid<T> {
-    /// `[blocks, kv_heads, head_dim, 16]`; positions not yet there are zero.
-    keys: Vec<T>,
-    /// `[blocks, kv_heads, 16, padded head_dim]`.
-    values: Vec<T>,
-}
-
-/// The upper half of an f32.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(transparent)]
-pub(crate) struct Bf16(u16);
-
-/// What a cache holds elements as.
-trait Element: Copy + Default {
-    fn of(value: f32) -> Self;
-}
-
-impl Element for f32 {
-    fn of(value: f32) -> Self {
-        value
-    }
-}
-
-impl Element for Bf16 {
-    /// To nearest, ties to even; NaN stays NaN.
-    fn of(value: f32) -> Self {
-        let bits = value.to_bits();
-        if value.is_nan() {
-            return Self((bits >> 16) as u16 | 0x40);
-        }
-        Self(((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16)
-    }
-}
-
-impl<T: Element> Laid<T> {
-    /// Appends rows of `kv_heads` heads of `head_dim` elements after `tokens` positions.
-    fn extend(
-        &mut self,
-        tokens: usize,
-        [kv_heads, head_dim]: [usize; 2],
-        keys: &[f32],
-        values: &[f32],
-    ) {
-        let (width, padded) = (kv_heads * head_dim, padded(head_dim));
-        let blocks = (tokens + keys.len() / width).div_ceil(BLOCK);
-        self.keys.resize(blocks * BLOCK * width, T::default());
-        self.values
-            .resize(blocks * BLOCK * kv_heads * padded, T::default());
-        let rows = keys.chunks_exact(width).zip(values.chunks_exact(width));
-        for (token, (key, value)) in (tokens..).zip(rows) {
-            let (block, lane) = (token / BLOCK, token % BLOCK);
-            let heads = key.chunks_exact(head_dim).zip(value.chunks_exact(head_dim));
-            for (head, (key, value)) in heads.enumerate() {
-                let index = (block * kv_heads + head) * BLOCK;
-                let keys = &mut self.keys[index * head_dim + lane..];
-                for (to, &key) in keys.iter_mut().step_by(BLOCK).zip(key) {
-                    *to = T::of(key);
-                }
-                let values = &mut self.values[(index + lane) * padded..][..head_dim];
-                for (to, &value) in values.iter_mut().zip(value) {
-                    *to = T::of(value);
-                }
-            }
-        }
-    }
-}
-
-impl<T> Laid<T> {
-    fn block(&self, [kv_heads, head_dim]: [usize; 2], block: usize, head: usize) -> (&[T], &[T]) {
-        let index = (block * kv_heads + head) * BLOCK;
-        let (keys, values) = (BLOCK * head_dim, BLOCK * padded(head_dim));
-        (
-            &self.keys[index * head_dim..][..keys],
-            &self.values[index * padded(head_dim)..][..values],
-        )
-    }
-}
-
-/// A head's width in the values: whole vectors, of either path.
-fn padded(head_dim: usize) -> usize {
-    head_dim.next_multiple_of(2 * LANES)
+    Bf16(Laid<Pair>),
 }
 
 /// What one sequence attends to: a prefix that other sequences may share, then its own tokens.
@@ -220,6 +141,60 @@ impl KeyValues {
         padded(self.head_dim)
     }
 
+    /// Elements in a word of this cache, and of the queries and weights that it is multiplied by.
+    fn word_elements(&self) -> usize {
+        match self.stored {
+            Stored::F32(_) => 1,
+            #[cfg(target_arch = "x86_64")]
+            Stored::Bf16(_) => Pair::ELEMENTS,
+        }
+    }
+
+    /// A query times the scale of scores, in this cache's words.
+    fn query_words(&self, query: &[f32], scale: f32, words: &mut [f32]) {
+        match self.stored {
+            Stored::F32(_) => query
+                .iter()
+                .zip(words)
+                .for_each(|(query, word)| *word = query * scale),
+            #[cfg(target_arch = "x86_64")]
+            Stored::Bf16(_) => key_values_avx512::query_pairs(query, scale, words),
+        }
+    }
+
+    /// The softmax of the scores of whole blocks, in place, in this cache's words: pairs fill the first half.
+    fn soften(&self, scores: &mut [f32]) {
+        match self.stored {
+            Stored::F32(_) => soften(scores),
+            #[cfg(target_arch = "x86_64")]
+            Stored::Bf16(_) => key_values_avx512::soften_to_pairs(scores),
+        }
+    }
+
+    /// The keys are read next. Of f32, whose products take as long as reading them, nothing is asked for.
+    fn keys_ahead(
+        &self,
+        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))] ahead: &mut Ahead,
+    ) {
+        match &self.stored {
+            Stored::F32(_) => {}
+            #[cfg(target_arch = "x86_64")]
+            Stored::Bf16(laid) => ahead.then(&laid.keys),
+        }
+    }
+
+    /// As [`KeyValues::keys_ahead`].
+    fn values_ahead(
+        &self,
+        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))] ahead: &mut Ahead,
+    ) {
+        match &self.stored {
+            Stored::F32(_) => {}
+            #[cfg(target_arch = "x86_64")]
+            Stored::Bf16(laid) => ahead.then(&laid.values),
+        }
+    }
+
     fn blocks(&self) -> usize {
         self.tokens.div_ceil(BLOCK)
     }
@@ -227,14 +202,15 @@ impl KeyValues {
 
 /// Attends query row `i` to all of `contexts[i]`; an empty context gives zeros.
 ///
-/// Agrees with [`attention_forward`](crate::attention_forward) up to f32 rounding (the sums run in another order), and a
-/// sequence's result does not depend on the others.
+/// Agrees with [`attention_forward`](crate::attention_forward) of the caches' precision up to f32 rounding (the sums run in another
+/// order; with bf16 the weights are rounded after they are divided by their sum, not before). A sequence's result does not depend
+/// on the others.
 ///
 /// # Shapes
 /// `q` and `out` are `[sequences, heads * head_dim]`.
 ///
 /// # Panics
-/// If lengths or the caches do not fit the shape.
+/// If lengths or the caches do not fit the shape, or a sequence's two caches are not of one precision.
 ///
 /// # Examples
 /// ```
@@ -257,8 +233,14 @@ pub fn attend_step(
     shape.check();
     check_len("q", q, contexts.len() * shape.query_width());
     check_len("out", out, contexts.len() * shape.query_width());
-    for cache in contexts.iter().flat_map(|c| [c.prefix, c.own]) {
-        cache.check(shape);
+    for StepContext { prefix, own } in contexts {
+        prefix.check(shape);
+        own.check(shape);
+        let words = [prefix, own].map(|cache| cache.word_elements());
+        assert!(
+            words[0] == words[1],
+            "a prefix and a cache of two precisions"
+        );
     }
     let runs = runs(contexts);
     let wide = cfg!(target_arch = "x86_64") && processor() >= Processor::Avx512;
@@ -287,14 +269,23 @@ pub fn attend_step(
                     queries.extend(q[at(sequence, head)..][..width].chunks_exact(shape.head_dim));
                 }
             }
+            let following = contexts.get(run.end);
             let contexts = &contexts[run.clone()];
-            attend_run(shape, &queries, contexts, heads, wide, |head, row, sums| {
-                let member = row % shape.group() * shape.head_dim;
-                let sequence = run.start + row / shape.group();
-                // SAFETY: this task alone has this head of this sequence.
-                let out = unsafe { target.slice(at(sequence, head) + member, shape.head_dim) };
-                out.copy_from_slice(&sums[..shape.head_dim]);
-            });
+            attend_run(
+                shape,
+                &queries,
+                contexts,
+                heads,
+                wide,
+                following,
+                |head, row, sums| {
+                    let member = row % shape.group() * shape.head_dim;
+                    let sequence = run.start + row / shape.group();
+                    // SAFETY: this task alone has this head of this sequence.
+                    let out = unsafe { target.slice(at(sequence, head) + member, shape.head_dim) };
+                    out.copy_from_slice(&sums[..shape.head_dim]);
+                },
+            );
         }
     });
 }
@@ -320,14 +311,15 @@ impl Tables<'_> {
     }
 }
 
-/// Heads `heads` of sequences that share a prefix. `queries` has them head by head; `write` gets a head, which of its queries it is,
-/// and the result.
+/// Heads `heads` of sequences that share a prefix, before `following`. `queries` has them head by head; `write` gets a head, which of
+/// its queries it is, and the result.
 fn attend_run(
     shape: AttentionShape,
     queries: &[&[f32]],
     contexts: &[StepContext<'_>],
     heads: Range<usize>,
     wide: bool,
+    following: Option<&StepContext<'_>>,
     mut write: impl FnMut(usize, usize, &[f32]),
 ) {
     let (group, prefix) = (shape.group(), contexts[0].prefix);
@@ -335,8 +327,13 @@ fn attend_run(
     let (first, padded) = (prefix.blocks() * BLOCK, prefix.padded());
     let stride = first + own_blocks * BLOCK;
     let rows = contexts.len() * group;
-    with_scratch(queries.len() * (stride + padded), |scratch| {
-        let (scores, sums) = scratch.split_at_mut(queries.len() * stride);
+    let words = shape.head_dim.div_ceil(prefix.word_elements());
+    with_scratch(queries.len() * (words + stride + padded), |scratch| {
+        let (query_words, rest) = scratch.split_at_mut(queries.len() * words);
+        let (scores, sums) = rest.split_at_mut(queries.len() * stride);
+        for (query, words) in queries.iter().zip(query_words.chunks_exact_mut(words)) {
+            prefix.query_words(query, shape.scale(), words);
+        }
         sums.fill(0.0);
         let table = |values, width| Tables {
             heads: heads.clone(),
@@ -345,25 +342,67 @@ fn attend_run(
             width,
         };
         let (mut scores, mut sums) = (table(scores, stride), table(sums, padded));
+        let queries: Vec<&[f32]> = query_words.chunks_exact(words).collect();
+        let queries = &queries[..];
         let members = || {
             let rows = |member: usize| member * group..(member + 1) * group;
             (0..).map(rows).zip(contexts)
         };
-        score_all(prefix, queries, &mut scores, &(0..rows), 0, wide);
+        let mut ahead = Ahead::default();
+        if heads.len() == shape.kv_heads {
+            let own = || contexts.iter().map(|context| context.own);
+            own().for_each(|own| own.keys_ahead(&mut ahead));
+            prefix.values_ahead(&mut ahead);
+            own().for_each(|own| own.values_ahead(&mut ahead));
+            following.inspect(|context| context.prefix.keys_ahead(&mut ahead));
+        }
+        score_all(
+            prefix,
+            queries,
+            &mut scores,
+            &(0..rows),
+            0,
+            wide,
+            &mut ahead,
+        );
         for (rows, context) in members() {
-            score_all(context.own, queries, &mut scores, &rows, first, wide);
+            score_all(
+                context.own,
+                queries,
+                &mut scores,
+                &rows,
+                first,
+                wide,
+                &mut ahead,
+            );
             let len = first + context.own.blocks() * BLOCK;
             for (_, scores) in scores.each(&rows) {
                 for row in scores.chunks_exact_mut(stride.max(1)) {
                     row[prefix.tokens..first].fill(f32::NEG_INFINITY);
                     row[first + context.own.tokens..].fill(f32::NEG_INFINITY);
-                    soften(&mut row[..len], shape.scale());
+                    prefix.soften(&mut row[..len]);
                 }
             }
         }
-        add_all(prefix, &mut scores, &mut sums, &(0..rows), 0, wide);
+        add_all(
+            prefix,
+            &mut scores,
+            &mut sums,
+            &(0..rows),
+            0,
+            wide,
+            &mut ahead,
+        );
         for (rows, context) in members() {
-            add_all(context.own, &mut scores, &mut sums, &rows, first, wide);
+            add_all(
+                context.own,
+                &mut scores,
+                &mut sums,
+                &rows,
+                first,
+                wide,
+                &mut ahead,
+            );
         }
         for (head, sums) in sums.each(&(0..rows)) {
             for (row, sums) in sums.chunks_exact(padded).enumerate() {
@@ -373,11 +412,8 @@ fn attend_run(
     });
 }
 
-/// The softmax of `scale · row`, in place.
-fn soften(row: &mut [f32], scale: f32) {
-    for score in row.iter_mut() {
-        *score *= scale;
-    }
+/// The softmax of `row`, in place.
+fn soften(row: &mut [f32]) {
     let largest = maximum(row);
     if largest == f32::NEG_INFINITY && !row.iter().any(|x| x.is_nan()) {
         row.fill(0.0);
@@ -398,6 +434,7 @@ fn score_all(
     rows: &Range<usize>,
     first: usize,
     wide: bool,
+    ahead: &mut Ahead,
 ) {
     let (each, stride) = (scores.rows, scores.width);
     for block in 0..cache.blocks() {
@@ -405,65 +442,18 @@ fn score_all(
         let tables = scores.each(rows);
         for (queries, (head, scores)) in queries.chunks_exact(each.max(1)).zip(tables) {
             let queries = &queries[rows.clone()];
+            ahead.ask(rows.len());
             match &cache.stored {
                 Stored::F32(laid) => {
-                    let (keys, _) = laid.block(cache.sizes(), block, head);
-                    score_f32(queries, keys, scores, stride, at, wide);
+                    let [keys, _] = laid.block(cache.sizes(), block, head);
+                    portable::score(queries, keys, scores, stride, at, wide);
                 }
                 #[cfg(target_arch = "x86_64")]
                 Stored::Bf16(laid) => {
-                    let (keys, _) = laid.block(cache.sizes(), block, head);
+                    let [keys, _] = laid.block(cache.sizes(), block, head);
                     key_values_avx512::score(queries, keys, scores, stride, at);
                 }
             }
-        }
-    }
-}
-
-fn score_f32(
-    queries: &[&[f32]],
-    keys: &[f32],
-    scores: &mut [f32],
-    stride: usize,
-    at: usize,
-    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))] wide: bool,
-) {
-    #[cfg(target_arch = "x86_64")]
-    if wide {
-        return key_values_avx512::score(queries, keys, scores, stride, at);
-    }
-    for (index, queries) in queries.chunks(QUERIES).enumerate() {
-        let scores = &mut scores[index * QUERIES * stride..];
-        match *queries {
-            [a, b, c, d] => score_block([a, b, c, d], keys, scores, stride, at),
-            [a, b, c] => score_block([a, b, c], keys, scores, stride, at),
-            [a, b] => score_block([a, b], keys, scores, stride, at),
-            _ => score_block([queries[0]], keys, scores, stride, at),
-        }
-    }
-}
-
-fn score_block<const Q: usize>(
-    queries: [&[f32]; Q],
-    keys: &[f32],
-    scores: &mut [f32],
-    stride: usize,
-    at: usize,
-) {
-    let mut sums = [[Lanes::splat(0.0); VECTORS]; Q];
-    let queries = queries.map(|query| &query[..keys.len() / BLOCK]);
-    for (dim, keys) in keys.chunks_exact(BLOCK).enumerate() {
-        let keys: [Lanes; VECTORS] = std::array::from_fn(|v| Lanes::load(&keys[v * LANES..]));
-        for (sums, query) in sums.iter_mut().zip(queries) {
-            let query = Lanes::splat(query[dim]);
-            for (sum, key) in sums.iter_mut().zip(keys) {
-                *sum = query.mul_add(key, *sum);
-            }
-        }
-    }
-    for (row, sums) in sums.iter().enumerate() {
-        for (vector, sum) in sums.iter().enumerate() {
-            sum.store(&mut scores[row * stride + at + vector * LANES..][..LANES]);
         }
     }
 }
@@ -476,17 +466,19 @@ fn add_all(
     rows: &Range<usize>,
     first: usize,
     wide: bool,
+    ahead: &mut Ahead,
 ) {
     let (padded, stride) = (sums.width, weights.width);
     for block in 0..cache.blocks() {
         let tokens = BLOCK.min(cache.tokens - block * BLOCK);
         let at = first + block * BLOCK;
         for ((head, weights), (_, sums)) in weights.each(rows).zip(sums.each(rows)) {
-            let weights = &weights[at..];
+            let weights = &weights[at / cache.word_elements()..];
+            ahead.ask(rows.len());
             match &cache.stored {
                 Stored::F32(laid) => {
-                    let (_, values) = laid.block(cache.sizes(), block, head);
-                    add_f32(
+                    let [_, values] = laid.block(cache.sizes(), block, head);
+                    portable::add(
                         &values[..tokens * padded],
                         weights,
                         stride,
@@ -497,9 +489,9 @@ fn add_all(
                 }
                 #[cfg(target_arch = "x86_64")]
                 Stored::Bf16(laid) => {
-                    let (_, values) = laid.block(cache.sizes(), block, head);
+                    let [_, values] = laid.block(cache.sizes(), block, head);
                     key_values_avx512::add(
-                        &values[..tokens * padded],
+                        &values[..tokens.div_ceil(Pair::ELEMENTS) * padded],
                         weights,
                         stride,
                         sums,
@@ -507,76 +499,6 @@ fn add_all(
                     );
                 }
             }
-        }
-    }
-}
-
-fn add_f32(
-    values: &[f32],
-    weights: &[f32],
-    stride: usize,
-    sums: &mut [f32],
-    padded: usize,
-    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))] wide: bool,
-) {
-    #[cfg(target_arch = "x86_64")]
-    if wide {
-        return key_values_avx512::add(values, weights, stride, sums, padded);
-    }
-    let queries = sums.len() / padded;
-    for row in (0..queries).step_by(QUERIES) {
-        let sums = &mut sums[row * padded..];
-        let weights = &weights[row * stride..];
-        match queries - row {
-            1 => add_block::<1>(values, weights, stride, sums, padded),
-            2 => add_block::<2>(values, weights, stride, sums, padded),
-            3 => add_block::<3>(values, weights, stride, sums, padded),
-            _ => add_block::<4>(values, weights, stride, sums, padded),
-        }
-    }
-}
-
-fn add_block<const Q: usize>(
-    values: &[f32],
-    weights: &[f32],
-    stride: usize,
-    sums: &mut [f32],
-    padded: usize,
-) {
-    let mut dim = 0;
-    while dim + 2 * LANES <= padded {
-        add_columns::<Q, 2>(values, weights, stride, sums, (padded, dim));
-        dim += 2 * LANES;
-    }
-    if dim < padded {
-        add_columns::<Q, 1>(values, weights, stride, sums, (padded, dim));
-    }
-}
-
-fn add_columns<const Q: usize, const V: usize>(
-    values: &[f32],
-    weights: &[f32],
-    stride: usize,
-    sums: &mut [f32],
-    (padded, dim): (usize, usize),
-) {
-    let tokens = values.len() / padded;
-    let weights: [&[f32]; Q] = std::array::from_fn(|q| &weights[q * stride..][..tokens]);
-    let at = |q: usize, v: usize| q * padded + dim + v * LANES;
-    let mut held: [[Lanes; V]; Q] =
-        std::array::from_fn(|q| std::array::from_fn(|v| Lanes::load(&sums[at(q, v)..])));
-    for (token, value) in values.chunks_exact(padded).enumerate() {
-        let value: [Lanes; V] = std::array::from_fn(|v| Lanes::load(&value[dim + v * LANES..]));
-        for (held, weights) in held.iter_mut().zip(weights) {
-            let weight = Lanes::splat(weights[token]);
-            for (held, value) in held.iter_mut().zip(value) {
-                *held = weight.mul_add(value, *held);
-            }
-        }
-    }
-    for (q, held) in held.iter().enumerate() {
-        for (v, held) in held.iter().enumerate() {
-            held.store(&mut sums[at(q, v)..][..LANES]);
         }
     }
 }

@@ -1,57 +1,128 @@
 //! The products of [`key_values`](crate::key_values) on AVX-512: eight queries at a time, whose sums stay in registers.
 //!
-//! Every sum runs in the order of the portable path with the same fused operation, so both give the same bits.
+//! A sum of f32 runs in the order of the portable path with the same fused operation, so both give the same bits. Pairs of bf16 are
+//! multiplied as [`attention_avx512`](crate::attention_avx512) does it.
 
 use std::arch::x86_64::{
-    __m512, _mm256_loadu_si256, _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_fmadd_ps,
-    _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps,
+    __m512, __m512bh, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps,
+    _mm512_fmadd_ps, _mm512_fmsub_ps, _mm512_loadu_ps, _mm512_max_ps, _mm512_mul_ps,
+    _mm512_reduce_add_ps, _mm512_reduce_max_ps, _mm512_set1_ps, _mm512_setzero_ps,
+    _mm512_storeu_ps,
 };
+use std::f32::consts::LOG2_E;
 
-use crate::key_values::{BLOCK, Bf16};
+use crate::attention_avx512::{bits, exp2, load, load_part, store, store_part};
+use crate::bf16::available;
+use crate::key_values::{BLOCK, Pair, Word};
 
 /// Queries multiplied together.
 const QUERIES: usize = 8;
-/// Floats of a vector.
+/// Words of a vector.
 const VECTOR: usize = 16;
 
-/// What 16 floats are loaded from.
-pub(crate) trait Loaded: Copy {
+/// Words that are multiplied.
+pub(crate) trait Factor: Word {
+    /// `sum + a · b`, lane by lane; a word's elements are summed.
+    ///
     /// # Safety
-    /// 16 elements can be read, and AVX-512 is there.
-    unsafe fn load(from: *const Self) -> __m512;
+    /// The processor has AVX-512 BF16.
+    unsafe fn multiply_add(a: __m512, b: __m512, sum: __m512) -> __m512;
 }
 
-impl Loaded for f32 {
+impl Factor for f32 {
     #[inline(always)]
-    unsafe fn load(from: *const Self) -> __m512 {
+    unsafe fn multiply_add(a: __m512, b: __m512, sum: __m512) -> __m512 {
         // SAFETY: the caller's promise.
-        unsafe { _mm512_loadu_ps(from) }
+        unsafe { _mm512_fmadd_ps(a, b, sum) }
     }
 }
 
-impl Loaded for Bf16 {
+impl Factor for Pair {
     #[inline(always)]
-    unsafe fn load(from: *const Self) -> __m512 {
-        // SAFETY: the caller's promise; a bf16 is the upper half of an f32.
+    unsafe fn multiply_add(a: __m512, b: __m512, sum: __m512) -> __m512 {
+        // SAFETY: the caller's promise; both are 512 bits, and every pattern is valid.
         unsafe {
-            let halves = _mm256_loadu_si256(from.cast());
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+            let [a, b] = [a, b].map(|words| std::mem::transmute::<__m512, __m512bh>(words));
+            _mm512_dpbf16_ps(sum, a, b)
         }
     }
 }
 
-/// Puts the products of all queries with a block's keys, `[head_dim, 16]`, into `scores` `[queries, stride]` from `at` on.
+/// `scale · query` rounded to bf16, two elements a word.
+///
+/// # Panics
+/// If `words` has another length, or the instructions are missing.
+pub(crate) fn query_pairs(query: &[f32], scale: f32, words: &mut [f32]) {
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    fn round(query: &[f32], scale: f32, words: &mut [f32]) {
+        let scale = _mm512_set1_ps(scale);
+        for (from, to) in query.chunks(2 * VECTOR).zip(words.chunks_mut(VECTOR)) {
+            let (low, high) = from.split_at(from.len().min(VECTOR));
+            let [low, high] = [low, high].map(|part| _mm512_mul_ps(load_part(part), scale));
+            let pairs = bits(_mm512_cvtne2ps_pbh(high, low));
+            store_part(_mm512_castsi512_ps(pairs), to);
+        }
+    }
+    assert!(available() && words.len() == query.len().div_ceil(2));
+    // SAFETY: the features are there.
+    unsafe { round(query, scale, words) }
+}
+
+/// The softmax of `scores`, zeros if all are negative infinity, rounded to bf16: two a word, into the first half.
+///
+/// # Panics
+/// If they are not whole vectors, or the instructions are missing.
+pub(crate) fn soften_to_pairs(scores: &mut [f32]) {
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    fn soften(scores: &mut [f32]) {
+        let hidden = _mm512_set1_ps(f32::NEG_INFINITY);
+        let mut largest = hidden;
+        for at in (0..scores.len()).step_by(VECTOR) {
+            // The second operand is returned where one is NaN.
+            largest = _mm512_max_ps(load(&scores[at..]), largest);
+        }
+        let log2_e = _mm512_set1_ps(LOG2_E);
+        let largest = _mm512_reduce_max_ps(largest);
+        let shift = match largest == f32::NEG_INFINITY {
+            true => _mm512_setzero_ps(),
+            false => _mm512_set1_ps(largest * LOG2_E),
+        };
+        let mut total = _mm512_setzero_ps();
+        for at in (0..scores.len()).step_by(VECTOR) {
+            let weight = exp2(_mm512_fmsub_ps(load(&scores[at..]), log2_e, shift));
+            total = _mm512_add_ps(total, weight);
+            store(weight, &mut scores[at..]);
+        }
+        let total = _mm512_reduce_add_ps(total);
+        let part = _mm512_set1_ps(if total == 0.0 { 0.0 } else { 1.0 / total });
+        for at in (0..scores.len()).step_by(2 * VECTOR) {
+            let low = load(&scores[at..]);
+            let high = match scores.len() - at {
+                VECTOR => _mm512_setzero_ps(),
+                _ => load(&scores[at + VECTOR..]),
+            };
+            let [low, high] = [low, high].map(|weights| _mm512_mul_ps(weights, part));
+            let pairs = bits(_mm512_cvtne2ps_pbh(high, low));
+            store(_mm512_castsi512_ps(pairs), &mut scores[at / 2..]);
+        }
+    }
+    assert!(available() && scores.len().is_multiple_of(VECTOR));
+    // SAFETY: the features are there.
+    unsafe { soften(scores) }
+}
+
+/// Puts the products of all queries with a block's keys, `[words of head_dim, 16]`, into `scores` `[queries, stride]` from `at` on.
 ///
 /// # Panics
 /// If a slice is too short or the instructions are missing.
-pub(crate) fn score<T: Loaded>(
+pub(crate) fn score<W: Factor>(
     queries: &[&[f32]],
-    keys: &[T],
+    keys: &[W],
     scores: &mut [f32],
     stride: usize,
     at: usize,
 ) {
-    assert!(is_x86_feature_detected!("avx512f"));
+    assert!(available());
     let dim = keys.len() / BLOCK;
     assert!(queries.iter().all(|query| query.len() == dim));
     if let Some(last) = queries.len().checked_sub(1) {
@@ -63,14 +134,14 @@ pub(crate) fn score<T: Loaded>(
         // inside the slice, by the assertions above.
         unsafe {
             match queries.len() {
-                1 => score_block::<1, T>(queries, keys, scores, stride),
-                2 => score_block::<2, T>(queries, keys, scores, stride),
-                3 => score_block::<3, T>(queries, keys, scores, stride),
-                4 => score_block::<4, T>(queries, keys, scores, stride),
-                5 => score_block::<5, T>(queries, keys, scores, stride),
-                6 => score_block::<6, T>(queries, keys, scores, stride),
-                7 => score_block::<7, T>(queries, keys, scores, stride),
-                _ => score_block::<8, T>(queries, keys, scores, stride),
+                1 => score_block::<1, W>(queries, keys, scores, stride),
+                2 => score_block::<2, W>(queries, keys, scores, stride),
+                3 => score_block::<3, W>(queries, keys, scores, stride),
+                4 => score_block::<4, W>(queries, keys, scores, stride),
+                5 => score_block::<5, W>(queries, keys, scores, stride),
+                6 => score_block::<6, W>(queries, keys, scores, stride),
+                7 => score_block::<7, W>(queries, keys, scores, stride),
+                _ => score_block::<8, W>(queries, keys, scores, stride),
             }
         }
     }
@@ -78,10 +149,10 @@ pub(crate) fn score<T: Loaded>(
 
 /// # Safety
 /// `Q` queries of `keys.len() / 16` elements; `scores` has 16 floats at each of `Q` multiples of `stride`.
-#[target_feature(enable = "avx512f")]
-unsafe fn score_block<const Q: usize, T: Loaded>(
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn score_block<const Q: usize, W: Factor>(
     queries: &[&[f32]],
-    keys: &[T],
+    keys: &[W],
     scores: &mut [f32],
     stride: usize,
 ) {
@@ -90,9 +161,9 @@ unsafe fn score_block<const Q: usize, T: Loaded>(
     for (dim, keys) in keys.chunks_exact(BLOCK).enumerate() {
         // SAFETY: a row of keys is 16 floats, and every query has an element `dim`.
         unsafe {
-            let keys = T::load(keys.as_ptr());
+            let keys = _mm512_loadu_ps(keys.as_ptr().cast());
             for q in 0..Q {
-                sums[q] = _mm512_fmadd_ps(_mm512_set1_ps(*queries[q].add(dim)), keys, sums[q]);
+                sums[q] = W::multiply_add(_mm512_set1_ps(*queries[q].add(dim)), keys, sums[q]);
             }
         }
     }
@@ -106,14 +177,14 @@ unsafe fn score_block<const Q: usize, T: Loaded>(
 ///
 /// # Panics
 /// If a slice is too short, a row is not whole vectors, or the instructions are missing.
-pub(crate) fn add<T: Loaded>(
-    values: &[T],
+pub(crate) fn add<W: Factor>(
+    values: &[W],
     weights: &[f32],
     stride: usize,
     sums: &mut [f32],
     padded: usize,
 ) {
-    assert!(is_x86_feature_detected!("avx512f") && padded.is_multiple_of(VECTOR));
+    assert!(available() && padded.is_multiple_of(VECTOR));
     let (tokens, queries) = (values.len() / padded, sums.len() / padded);
     if let Some(last) = queries.checked_sub(1) {
         assert!(weights.len() >= last * stride + tokens);
@@ -128,22 +199,22 @@ pub(crate) fn add<T: Loaded>(
             unsafe {
                 let at = (padded, dim);
                 match (queries - row, last) {
-                    (1, false) => add_columns::<1, 2, T>(values, weights, stride, sums, at),
-                    (2, false) => add_columns::<2, 2, T>(values, weights, stride, sums, at),
-                    (3, false) => add_columns::<3, 2, T>(values, weights, stride, sums, at),
-                    (4, false) => add_columns::<4, 2, T>(values, weights, stride, sums, at),
-                    (5, false) => add_columns::<5, 2, T>(values, weights, stride, sums, at),
-                    (6, false) => add_columns::<6, 2, T>(values, weights, stride, sums, at),
-                    (7, false) => add_columns::<7, 2, T>(values, weights, stride, sums, at),
-                    (_, false) => add_columns::<8, 2, T>(values, weights, stride, sums, at),
-                    (1, true) => add_columns::<1, 1, T>(values, weights, stride, sums, at),
-                    (2, true) => add_columns::<2, 1, T>(values, weights, stride, sums, at),
-                    (3, true) => add_columns::<3, 1, T>(values, weights, stride, sums, at),
-                    (4, true) => add_columns::<4, 1, T>(values, weights, stride, sums, at),
-                    (5, true) => add_columns::<5, 1, T>(values, weights, stride, sums, at),
-                    (6, true) => add_columns::<6, 1, T>(values, weights, stride, sums, at),
-                    (7, true) => add_columns::<7, 1, T>(values, weights, stride, sums, at),
-                    (_, true) => add_columns::<8, 1, T>(values, weights, stride, sums, at),
+                    (1, false) => add_columns::<1, 2, W>(values, weights, stride, sums, at),
+                    (2, false) => add_columns::<2, 2, W>(values, weights, stride, sums, at),
+                    (3, false) => add_columns::<3, 2, W>(values, weights, stride, sums, at),
+                    (4, false) => add_columns::<4, 2, W>(values, weights, stride, sums, at),
+                    (5, false) => add_columns::<5, 2, W>(values, weights, stride, sums, at),
+                    (6, false) => add_columns::<6, 2, W>(values, weights, stride, sums, at),
+                    (7, false) => add_columns::<7, 2, W>(values, weights, stride, sums, at),
+                    (_, false) => add_columns::<8, 2, W>(values, weights, stride, sums, at),
+                    (1, true) => add_columns::<1, 1, W>(values, weights, stride, sums, at),
+                    (2, true) => add_columns::<2, 1, W>(values, weights, stride, sums, at),
+                    (3, true) => add_columns::<3, 1, W>(values, weights, stride, sums, at),
+                    (4, true) => add_columns::<4, 1, W>(values, weights, stride, sums, at),
+                    (5, true) => add_columns::<5, 1, W>(values, weights, stride, sums, at),
+                    (6, true) => add_columns::<6, 1, W>(values, weights, stride, sums, at),
+                    (7, true) => add_columns::<7, 1, W>(values, weights, stride, sums, at),
+                    (_, true) => add_columns::<8, 1, W>(values, weights, stride, sums, at),
                 }
             }
         }
@@ -153,9 +224,9 @@ pub(crate) fn add<T: Loaded>(
 /// # Safety
 /// `Q` rows of `padded` sums, with `V` vectors of columns from `dim` on; a weight a row of `values` at each of `Q` multiples of
 /// `stride`.
-#[target_feature(enable = "avx512f")]
-unsafe fn add_columns<const Q: usize, const V: usize, T: Loaded>(
-    values: &[T],
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn add_columns<const Q: usize, const V: usize, W: Factor>(
+    values: &[W],
     weights: &[f32],
     stride: usize,
     sums: &mut [f32],
@@ -172,10 +243,10 @@ unsafe fn add_columns<const Q: usize, const V: usize, T: Loaded>(
         for v in 0..V {
             // SAFETY: a row of values is `padded` long, and every query has a weight for it.
             unsafe {
-                let value = T::load(value.as_ptr().add(dim + v * VECTOR));
+                let value = _mm512_loadu_ps(value.as_ptr().add(dim + v * VECTOR).cast());
                 for (q, held) in held.iter_mut().enumerate() {
                     let weight = _mm512_set1_ps(*weights.as_ptr().add(q * stride + token));
-                    held[v] = _mm512_fmadd_ps(weight, value, held[v]);
+                    held[v] = W::multiply_add(weight, value, held[v]);
                 }
             }
         }

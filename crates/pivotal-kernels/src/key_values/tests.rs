@@ -1,5 +1,6 @@
 //! Against the plain cache, and what changes no bit.
 
+use super::laid::Bf16;
 use super::*;
 use crate::cached::{CachedContext, attend_cached};
 use crate::rope::RopeTable;
@@ -7,6 +8,8 @@ use crate::testing::{assert_close, on_each, on_each_vector, on_threads, random, 
 
 // Two f32 softmaxes over up to 150 keys, summed in different orders.
 const TOLERANCE: f64 = 2e-6;
+// A weight is off by a part in 512 at most, and they sum to 1.
+const BF16_TOLERANCE: f64 = 1.0 / 500.0;
 
 fn filled(shape: AttentionShape, keys: &[f32], values: &[f32]) -> KeyValues {
     filled_in(Precision::F32, shape, keys, values)
@@ -39,6 +42,12 @@ const CONTEXTS: [(usize, usize); 9] = [
     (65, 63),
 ];
 
+/// Rounded to bf16.
+fn rounded(x: &[f32]) -> Vec<f32> {
+    let upper = |x: &f32| f32::from_bits(u32::from(Bf16::of(*x).0) << 16);
+    x.iter().map(upper).collect()
+}
+
 #[test]
 fn agrees_with_the_plain_cache_row_by_row() {
     for (heads, kv_heads, head_dim) in [(1, 1, 5), (3, 1, 8), (9, 3, 64), (16, 2, 20)] {
@@ -47,43 +56,61 @@ fn agrees_with_the_plain_cache_row_by_row() {
             kv_heads,
             head_dim,
         };
-        let width = shape.key_width();
-        let raw: Vec<_> = CONTEXTS
-            .iter()
-            .enumerate()
-            .map(|(at, &(prefix, own))| {
-                let seed = at as u64;
-                let of = |len, part| random(len * width, 4 * seed + part);
-                (of(prefix, 0), of(prefix, 1), of(own, 2), of(own, 3))
-            })
-            .collect();
-        let caches: Vec<_> = raw
-            .iter()
-            .map(|(pk, pv, k, v)| (filled(shape, pk, pv), filled(shape, k, v)))
-            .collect();
-        let contexts: Vec<_> = caches
-            .iter()
-            .map(|(prefix, own)| StepContext { prefix, own })
-            .collect();
-        let plain: Vec<_> = raw
-            .iter()
-            .map(|(prefix_keys, prefix_values, keys, values)| CachedContext {
-                prefix_keys,
-                prefix_values,
-                keys,
-                values,
-            })
-            .collect();
-        let q: Vec<f32> = random(contexts.len() * shape.query_width(), 99)
-            .iter()
-            .map(|x| x * 4.0)
-            .collect();
-        let (mut fast, mut slow) = (vec![f32::NAN; q.len()], vec![f32::NAN; q.len()]);
-        attend_step(shape, &q, &contexts, &mut fast);
-        attend_cached(shape, &q, &plain, &mut slow);
-        assert_close("step", &fast, &widen(&slow), TOLERANCE);
-        assert!(fast[..shape.query_width()].iter().all(|&x| x == 0.0));
+        agrees_with_the_plain_cache(Precision::F32, shape);
+        on_each_vector(|| agrees_with_the_plain_cache(Precision::Bf16, shape));
     }
+}
+
+/// With bf16 the plain cache gets what the other rounds, but for the weights.
+fn agrees_with_the_plain_cache(precision: Precision, shape: AttentionShape) {
+    let is_rounded = precision == Precision::Bf16;
+    let operand = |x: Vec<f32>| if is_rounded { rounded(&x) } else { x };
+    let width = shape.key_width();
+    let raw: Vec<_> = CONTEXTS
+        .iter()
+        .enumerate()
+        .map(|(at, &(prefix, own))| {
+            let seed = at as u64;
+            let of = |len, part| random(len * width, 4 * seed + part);
+            (of(prefix, 0), of(prefix, 1), of(own, 2), of(own, 3))
+        })
+        .collect();
+    let caches: Vec<_> = raw
+        .iter()
+        .map(|(pk, pv, k, v)| [(pk, pv), (k, v)].map(|(k, v)| filled_in(precision, shape, k, v)))
+        .collect();
+    let contexts: Vec<_> = caches
+        .iter()
+        .map(|[prefix, own]| StepContext { prefix, own })
+        .collect();
+    let raw = raw
+        .into_iter()
+        .map(|(pk, pv, k, v)| [pk, pv, k, v].map(operand));
+    let raw: Vec<_> = raw.collect();
+    let plain: Vec<_> = raw
+        .iter()
+        .map(|[prefix_keys, prefix_values, keys, values]| CachedContext {
+            prefix_keys,
+            prefix_values,
+            keys,
+            values,
+        })
+        .collect();
+    let q = random(contexts.len() * shape.query_width(), 99);
+    let q: Vec<f32> = q.iter().map(|x| x * 4.0).collect();
+    let (mut fast, mut slow) = (vec![f32::NAN; q.len()], vec![f32::NAN; q.len()]);
+    attend_step(shape, &q, &contexts, &mut fast);
+    let scaled = q.iter().map(|q| q * shape.scale()).collect();
+    let scaled = operand(scaled);
+    let q: Vec<f32> = scaled.iter().map(|q| q / shape.scale()).collect();
+    attend_cached(shape, &q, &plain, &mut slow);
+    let tolerance = if is_rounded {
+        BF16_TOLERANCE
+    } else {
+        TOLERANCE
+    };
+    assert_close("step", &fast, &widen(&slow), tolerance);
+    assert!(fast[..shape.query_width()].iter().all(|&x| x == 0.0));
 }
 
 #[test]
@@ -122,6 +149,15 @@ fn every_path_gives_the_same_bits() {
 
 #[test]
 fn neither_company_nor_threads_change_a_bit() {
+    on_each(|| {
+        for precision in [Precision::F32, Precision::Bf16] {
+            neither_company_nor_threads_change(precision);
+        }
+    });
+}
+
+fn neither_company_nor_threads_change(precision: Precision) {
+    let filled = |shape, keys: &[f32], values: &[f32]| filled_in(precision, shape, keys, values);
     let shape = AttentionShape {
         heads: 6,
         kv_heads: 2,
@@ -216,40 +252,69 @@ fn appending_is_the_steps_one_by_one() {
 }
 
 #[test]
-fn bf16_is_the_same_attention_over_rounded_keys_and_values() {
+fn nan_stays_with_its_sequence() {
     let shape = AttentionShape {
-        heads: 6,
-        kv_heads: 2,
-        head_dim: 20,
+        heads: 3,
+        kv_heads: 1,
+        head_dim: 64,
     };
     let width = shape.key_width();
-    let (keys, values) = (random(50 * width, 1), random(50 * width, 2));
-    let rounded = |x: &[f32]| -> Vec<f32> {
-        let upper = |x: &f32| f32::from_bits(u32::from(Bf16::of(*x).0) << 16);
-        x.iter().map(upper).collect()
-    };
-    let q = random(2 * shape.query_width(), 3);
-    let attend = |precision, keys: &[f32], values: &[f32]| {
-        let (prefix, own) = (37 * width, 13 * width);
-        let prefix_cache = filled_in(precision, shape, &keys[..prefix], &values[..prefix]);
-        let own_cache = filled_in(precision, shape, &keys[prefix..], &values[prefix..]);
-        assert_eq!(own, keys.len() - prefix);
-        let context = StepContext {
-            prefix: &prefix_cache,
-            own: &own_cache,
-        };
-        let mut out = vec![f32::NAN; q.len()];
-        attend_step(shape, &q, &[context, context], &mut out);
-        out
-    };
-    on_each_vector(|| {
-        let got = attend(Precision::Bf16, &keys, &values);
-        assert_eq!(
-            got,
-            attend(Precision::F32, &rounded(&keys), &rounded(&values))
-        );
-        assert_ne!(got, attend(Precision::F32, &keys, &values));
+    on_each(|| {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let prefix = filled_in(
+                precision,
+                shape,
+                &random(19 * width, 1),
+                &random(19 * width, 2),
+            );
+            let own = filled_in(precision, shape, &random(width, 3), &random(width, 4));
+            let contexts = [StepContext {
+                prefix: &prefix,
+                own: &own,
+            }; 2];
+            let mut q = random(2 * shape.query_width(), 5);
+            q[0] = f32::NAN;
+            let mut out = vec![0.0; q.len()];
+            attend_step(shape, &q, &contexts, &mut out);
+            assert!(out[..64].iter().all(|x| x.is_nan()));
+            assert!(out[64..].iter().all(|x| x.is_finite()));
+        }
     });
+}
+
+#[test]
+#[should_panic(expected = "a prefix and a cache of two precisions")]
+fn two_precisions_are_refused() {
+    let shape = AttentionShape {
+        heads: 1,
+        kv_heads: 1,
+        head_dim: 2,
+    };
+    if !crate::bf16_available() {
+        panic!("a prefix and a cache of two precisions: there is but one here");
+    }
+    let [prefix, own] = [Precision::F32, Precision::Bf16].map(|p| KeyValues::new(shape, p));
+    let context = StepContext {
+        prefix: &prefix,
+        own: &own,
+    };
+    attend_step(shape, &[0.0; 2], &[context], &mut [0.0; 2]);
+}
+
+#[test]
+fn what_is_read_next_is_asked_for_in_order_and_once() {
+    let (first, second) = (vec![0.0f32; 64], vec![0.0f32; 100]);
+    let mut ahead = Ahead::default();
+    ahead.then(&first);
+    ahead.then(&second);
+    // Four lines, then seven: the last one is begun.
+    assert_eq!(ahead.lines_left(), 11);
+    ahead.ask(1);
+    assert_eq!(ahead.lines_left(), 8);
+    ahead.ask(2);
+    assert_eq!(ahead.lines_left(), 2);
+    ahead.ask(5);
+    assert_eq!(ahead.lines_left(), 0);
 }
 
 #[test]
