@@ -90,7 +90,7 @@ pub use logps::{HeadShape, TokenLogps, token_logps_backward, token_logps_forward
 pub use matmul::{Precision, ProductShape, Store, bf16_available, matmul_nn, matmul_nt, matmul_tn};
 pub use norm::{RmsNormGradients, rms_norm_backward, rms_norm_forward};
 pub use packed::PackedWeight;
-pub use parallel::{EvenBlocks, with_scratch_parts, zeros};
+pub use parallel::{EvenBlocks, for_each_item, with_scratch_parts, zeros};
 pub use plan::{AttentionPlan, AttentionShape, Span};
 pub use processor::{Processor, limit_processor, processor};
 pub use rope::RopeTable;

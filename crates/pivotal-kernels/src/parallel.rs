@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 
@@ -32,7 +33,8 @@ pub(crate) fn for_each_block_of_shares(
     let block = block.max(1);
     let blocks = count.div_ceil(block);
     let range = |index: usize| index * block..(index * block + block).min(count);
-    let serial = || (0..blocks).for_each(|index| body(range(index), None));
+    let last = |index| (index + 1 == blocks).then_some(LastOf::WHOLE);
+    let serial = || (0..blocks).for_each(|index| body(range(index), last(index)));
     match hands() {
         // In a team too, where handing out costs less: what is made on another core has to come from there.
         _ if blocks <= 1 || work < SERIAL_WORK => serial(),
@@ -42,6 +44,28 @@ pub(crate) fn for_each_block_of_shares(
             .into_par_iter()
             .for_each(|index| body(range(index), None)),
     }
+}
+
+/// Runs `body` on each of `items`, on all threads; on this one alone where it works on a block or an item already. Inside a team
+/// ([`with_team`](crate::with_team)) the kernels that `body` calls stay on the item's thread, which so shares nothing with the others.
+///
+/// # Examples
+/// ```
+/// let mut sums = [0; 3];
+/// pivotal_kernels::for_each_item(sums.iter_mut().zip([1, 2, 3]), |(sum, add)| *sum += add);
+/// assert_eq!(sums, [1, 2, 3]);
+/// ```
+pub fn for_each_item<T: Send>(items: impl IntoIterator<Item = T>, body: impl Fn(T) + Sync + Send) {
+    let items: Vec<_> = items
+        .into_iter()
+        .map(|item| Mutex::new(Some(item)))
+        .collect();
+    for_each_block(items.len(), 1, usize::MAX, |indices| {
+        for item in &items[indices] {
+            let item = item.lock().unwrap_or_else(PoisonError::into_inner).take();
+            body(item.expect("a block is run once"));
+        }
+    });
 }
 
 /// Rows cut into blocks of about the same size and as many for each thread, so that threads end together.

@@ -29,6 +29,12 @@ pub(crate) struct LastOf {
 }
 
 impl LastOf {
+    /// Of one thread that has all of it.
+    pub(crate) const WHOLE: Self = Self {
+        index: 0,
+        shares: 1,
+    };
+
     /// The first block of this share, of a piece of so many.
     pub(crate) fn first(self, blocks: usize) -> usize {
         self.index * blocks / self.shares

@@ -3,15 +3,16 @@
 //! The weights are packed once (an adapter merged), a prompt is read in one pass, and its keys and values are shared by
 //! all its samples. What a sequence gets does not depend on the others of its batch, bit for bit.
 
+use std::cmp::Reverse;
 use std::sync::Arc;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use pivotal_kernels::{
     AttentionInput, AttentionPlan, AttentionShape, EvenBlocks, KeyValues, PackedWeight, Precision,
-    RopeTable, Span, StepContext, add_into, append_step, attend_step, attention_forward,
-    rms_norm_forward, swiglu_interleaved_forward, with_scratch_parts, with_team,
+    Processor, RopeTable, Span, StepContext, add_into, append_step, attend_step, attention_forward,
+    for_each_item, processor, rms_norm_forward, swiglu_interleaved_forward, with_scratch_parts,
+    with_team,
 };
-use rayon::prelude::*;
 
 use crate::config::DecoderConfig;
 use crate::decoder::Decoder;
@@ -21,9 +22,16 @@ use crate::parameter::{off_tape, to_host};
 
 /// Prompts are read together up to this many tokens; a longer one is read alone.
 const PREFILL_TOKENS: usize = 1024;
+/// What a thread with prompts of its own reads together.
+const SHARE_TOKENS: usize = 512;
+/// The most that a thread may have to read beyond the mean, in percent: less than what threads wait for each other in the products.
+const UNEVEN: usize = 3;
 /// Rows that go through a layer's second half together, all threads on each product: those of a step of decoding, which is bound
 /// by reading the weights.
 const MOST_STEP_ROWS: usize = 64;
+/// From so many sequences for each thread on, each takes its own through the whole step: the weights are then read once by each, which
+/// at so many rows costs less than what goes from core to core between the products.
+const SHARE_ROWS: usize = 24;
 /// Of more rows each thread takes so many through the whole half, so that what is between the products stays in its caches.
 const BLOCK_ROWS: usize = 96;
 /// Rows that products take together on some processor: cut elsewhere, they would take fewer twice.
@@ -63,13 +71,19 @@ pub struct Sequence {
 
 /// Buffers that steps use again: fresh ones would cost a page fault every 4 KiB of logits.
 #[derive(Debug, Default)]
-pub(crate) struct Scratch {
+struct Scratch {
     x: Vec<f32>,
     normed: Vec<f32>,
     rstd: Vec<f32>,
     qkv: Vec<f32>,
     attended: Vec<f32>,
     low: Vec<f32>,
+}
+
+/// Buffers of a step: of each thread that takes a share of the sequences, and what comes of all of them.
+#[derive(Debug, Default)]
+pub(crate) struct StepScratch {
+    shares: Vec<Scratch>,
     pub(crate) logits: Vec<f32>,
 }
 
@@ -160,19 +174,44 @@ impl Generator {
             self.config.check_tokens(prompt)?;
             self.config.check_length(prompt.len())?;
         }
+        let shares = dealt(prompts);
+        if let [_] = shares[..] {
+            return Ok(self.prefill_share(prompts, PREFILL_TOKENS));
+        }
+        let mut caches: Vec<Option<PromptCache>> = vec![None; prompts.len()];
+        let mut read: Vec<_> = shares
+            .iter()
+            .map(|share| (share, Vec::with_capacity(share.len())))
+            .collect();
+        with_team(|| {
+            for_each_item(&mut read, |(share, caches)| {
+                let prompts: Vec<&[u32]> = share.iter().map(|&index| prompts[index]).collect();
+                *caches = self.prefill_share(&prompts, SHARE_TOKENS);
+            });
+        });
+        for (share, read) in read {
+            for (&index, cache) in share.iter().zip(read) {
+                caches[index] = Some(cache);
+            }
+        }
+        Ok(caches.into_iter().flatten().collect())
+    }
+
+    /// Reads prompts in order, together up to so many tokens.
+    fn prefill_share(&self, prompts: &[&[u32]], most: usize) -> Vec<PromptCache> {
         let (mut caches, mut scratch) = (Vec::with_capacity(prompts.len()), Scratch::default());
         let mut rest = prompts;
         while !rest.is_empty() {
             let mut tokens = 0;
             let fitting = rest.iter().take_while(|prompt| {
                 tokens += prompt.len();
-                tokens <= PREFILL_TOKENS
+                tokens <= most
             });
             let (group, later) = rest.split_at(fitting.count().max(1));
             self.prefill_group(group, &mut scratch, &mut caches);
             rest = later;
         }
-        Ok(caches)
+        caches
     }
 
     fn prefill_group(
@@ -200,6 +239,7 @@ impl Generator {
         let mut layers = vec![Vec::with_capacity(self.config.layers); prompts.len()];
         let last: Vec<usize> = spans.iter().map(|span| span.start + span.len - 1).collect();
         self.embed(prompts.concat(), scratch);
+        let mut logits = Vec::new();
         rayon::scope(|_| {
             self.forward(
                 &positions,
@@ -209,8 +249,7 @@ impl Generator {
                     rope.split_into(joined, shape, [&mut q, &mut k, &mut v]);
                     let (q, k, v) = (&q, &k, &v);
                     attention_forward(&plan, AttentionInput { q, k, v }, out, &mut lse);
-                    let read = spans.par_iter().zip(layers.par_iter_mut());
-                    read.for_each(|(span, layers): (_, &mut Vec<KeyValues>)| {
+                    for_each_item(spans.iter().zip(&mut layers), |(span, layers)| {
                         let own = span.start * width..(span.start + span.len) * width;
                         let mut cache = KeyValues::new(shape, self.precision());
                         cache.extend(&k[own.clone()], &v[own]);
@@ -218,9 +257,10 @@ impl Generator {
                     });
                 },
             );
-            self.predict(prompts.len(), scratch);
+            let logits = sized(&mut logits, prompts.len() * self.config.vocab_size);
+            self.predict(scratch, logits);
         });
-        let logits = scratch.logits.chunks_exact(self.config.vocab_size);
+        let logits = logits.chunks_exact(self.config.vocab_size);
         for ((span, layers), logits) in spans.iter().zip(layers).zip(logits) {
             caches.push(PromptCache {
                 tokens: span.len,
@@ -239,7 +279,7 @@ impl Generator {
     /// [`Error::Shape`] if there is not one token a sequence, [`Error::TokenOutOfRange`], [`Error::SequenceTooLong`]; no
     /// sequence is then changed.
     pub fn step(&self, sequences: &mut [Sequence], token_ids: &[u32]) -> Result<Vec<f32>> {
-        let mut scratch = Scratch::default();
+        let mut scratch = StepScratch::default();
         self.step_in(sequences, token_ids, &mut scratch)?;
         Ok(scratch.logits)
     }
@@ -249,7 +289,7 @@ impl Generator {
         &self,
         sequences: &mut [Sequence],
         token_ids: &[u32],
-        scratch: &mut Scratch,
+        scratch: &mut StepScratch,
     ) -> Result<()> {
         if sequences.len() != token_ids.len() {
             return Err(Error::Shape {
@@ -262,44 +302,69 @@ impl Generator {
         for sequence in sequences.iter() {
             self.config.check_length(sequence.len() + 1)?;
         }
-        let positions: Vec<usize> = sequences.iter().map(Sequence::len).collect();
-        self.embed(token_ids.to_vec(), scratch);
-        let shape = self.attention_shape();
-        let all: Vec<usize> = (0..sequences.len()).collect();
-        let mut q = vec![0.0; sequences.len() * self.config.query_size()];
-        self.in_step(sequences.len(), || {
-            self.forward(
-                &positions,
-                &all,
-                scratch,
-                |layer, Rows { joined, rope }, out| {
-                    let mut caches: Vec<_> = sequences
-                        .iter_mut()
-                        .map(|sequence| &mut sequence.layers[layer])
-                        .collect();
-                    append_step(rope, shape, joined, &mut caches, &mut q);
-                    let contexts: Vec<_> = sequences
-                        .iter()
-                        .map(|sequence| sequence.context(layer))
-                        .collect();
-                    attend_step(shape, &q, &contexts, out);
-                },
-            );
-            self.predict(sequences.len(), scratch);
-        });
+        let (rows, vocab) = (sequences.len(), self.config.vocab_size);
+        let threads = rayon::current_num_threads();
+        // Tiles multiply faster than a weight is read, so that it is read but once.
+        let shares = match rows >= SHARE_ROWS * threads && processor() < Processor::Amx {
+            true => threads,
+            false => 1,
+        };
+        scratch.shares.resize_with(shares, Scratch::default);
+        let logits = sized(&mut scratch.logits, rows * vocab);
+        let share = rows.div_ceil(shares).max(1);
+        let parts = sequences
+            .chunks_mut(share)
+            .zip(token_ids.chunks(share))
+            .zip(&mut scratch.shares)
+            .zip(logits.chunks_mut(share * vocab));
+        let step = || {
+            for_each_item(parts, |(((sequences, token_ids), scratch), logits)| {
+                self.step_share(sequences, token_ids, scratch, logits);
+            });
+        };
+        // On the pool once, or each of the hundreds of short kernels would have to go there by itself.
+        if shares > 1 || rows <= MOST_STEP_ROWS {
+            with_team(step);
+        } else {
+            rayon::scope(|_| step());
+        }
         for sequence in sequences.iter_mut() {
             sequence.tokens += 1;
         }
         Ok(())
     }
 
-    /// Runs a step of so many sequences: on the pool once, or each of the hundreds of short kernels would have to go there by itself.
-    fn in_step(&self, sequences: usize, step: impl FnOnce() + Send) {
-        if sequences <= MOST_STEP_ROWS {
-            with_team(step);
-        } else {
-            rayon::scope(|_| step());
-        }
+    /// A step of some of the sequences, except that they are not longer yet.
+    fn step_share(
+        &self,
+        sequences: &mut [Sequence],
+        token_ids: &[u32],
+        scratch: &mut Scratch,
+        logits: &mut [f32],
+    ) {
+        let positions: Vec<usize> = sequences.iter().map(Sequence::len).collect();
+        self.embed(token_ids.to_vec(), scratch);
+        let shape = self.attention_shape();
+        let all: Vec<usize> = (0..sequences.len()).collect();
+        let mut q = vec![0.0; sequences.len() * self.config.query_size()];
+        self.forward(
+            &positions,
+            &all,
+            scratch,
+            |layer, Rows { joined, rope }, out| {
+                let mut caches: Vec<_> = sequences
+                    .iter_mut()
+                    .map(|sequence| &mut sequence.layers[layer])
+                    .collect();
+                append_step(rope, shape, joined, &mut caches, &mut q);
+                let contexts: Vec<_> = sequences
+                    .iter()
+                    .map(|sequence| sequence.context(layer))
+                    .collect();
+                attend_step(shape, &q, &contexts, out);
+            },
+        );
+        self.predict(scratch, logits);
     }
 
     fn attention_shape(&self) -> AttentionShape {
@@ -373,9 +438,7 @@ impl Generator {
                     parts.push((part, &attended[block.start * queries..block.end * queries]));
                     rest = others;
                 }
-                parts
-                    .into_par_iter()
-                    .for_each(|(x, attended)| after(x, attended));
+                for_each_item(parts, |(x, attended)| after(x, attended));
             }
         }
     }
@@ -428,9 +491,10 @@ impl Generator {
         });
     }
 
-    /// The logits of the first `rows` rows of `scratch.x`.
-    fn predict(&self, rows: usize, scratch: &mut Scratch) {
+    /// The logits of the first rows of `scratch.x`, as many as there are logits for.
+    fn predict(&self, scratch: &mut Scratch, logits: &mut [f32]) {
         let hidden = self.config.hidden_size;
+        let rows = logits.len() / self.config.vocab_size;
         let normed = sized(&mut scratch.normed, rows * hidden);
         let rstd = sized(&mut scratch.rstd, rows);
         let eps = self.config.rms_norm_eps as f32;
@@ -441,7 +505,6 @@ impl Generator {
             normed,
             rstd,
         );
-        let logits = sized(&mut scratch.logits, rows * self.config.vocab_size);
         self.base.head.forward(normed, rows, logits);
     }
 }
@@ -487,6 +550,27 @@ impl Sequence {
             own: &self.layers[layer],
         }
     }
+}
+
+/// Prompts dealt to as many shares as there are threads, the longest first, each to the one that has least to read; one share of all
+/// where that comes out uneven.
+fn dealt(prompts: &[&[u32]]) -> Vec<Vec<usize>> {
+    let threads = rayon::current_num_threads();
+    let mut shares = vec![(0, Vec::new()); threads];
+    let mut order: Vec<usize> = (0..prompts.len()).collect();
+    order.sort_by_key(|&index| Reverse(prompts[index].len()));
+    for index in order {
+        if let Some((tokens, share)) = shares.iter_mut().min_by_key(|share| share.0) {
+            *tokens += prompts[index].len();
+            share.push(index);
+        }
+    }
+    let total: usize = shares.iter().map(|share| share.0).sum();
+    let most = shares.iter().map(|share| share.0).max().unwrap_or(0);
+    if most * threads * 100 > total * (100 + UNEVEN) {
+        return vec![(0..prompts.len()).collect()];
+    }
+    shares.into_iter().map(|(_, share)| share).collect()
 }
 
 /// `buffer` with room for `len` elements, whatever they hold.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use pivotal_core::{RandomStream, random_stream};
 use rayon::prelude::*;
 
-use crate::decode::{Generator, PromptCache, Scratch, Sequence};
+use crate::decode::{Generator, PromptCache, Sequence, StepScratch};
 use crate::error::{Error, Result};
 use crate::sampling::Sampling;
 
@@ -163,7 +163,7 @@ impl Generator {
             prompt: None,
         };
         let (mut active, mut sequences) = (Vec::<Active>::new(), Vec::<Sequence>::new());
-        let mut scratch = Scratch::default();
+        let mut scratch = StepScratch::default();
         while waiting.next < waiting.total || !active.is_empty() {
             // Again where a first token ended a response: no place stays free while one waits.
             while waiting.next < waiting.total && active.len() < settings.batch {

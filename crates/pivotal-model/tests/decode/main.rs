@@ -23,8 +23,8 @@ const LOGITS: f64 = 1e-4;
 
 const MODELS: [&str; 5] = ["llama", "llama_bf16", "llama3", "qwen2", "mistral"];
 
-/// Both sides round the operands of every linear layer to bf16; the packed pass rounds those of attention too, the cached one,
-/// a single query at a time, does not.
+/// Both sides round the operands of every linear layer and of attention to bf16, the weights of its mixtures before or after they are
+/// divided by their sum.
 const BF16_LOGITS: f64 = 0.25;
 
 /// The logits of every token from the last of `prompt` on, one step a token.
@@ -113,6 +113,47 @@ fn sequences_and_prompts_do_not_feel_their_neighbours() {
                 alone[3 * vocab..],
                 "{model} {index}"
             );
+        }
+    }
+}
+
+/// Prompts that can be dealt evenly and one that cannot; sequences enough that threads take shares of them, in unequal parts.
+#[test]
+fn threads_do_not_change_a_bit_whatever_they_share() {
+    let on = |threads: usize, run: &(dyn Fn() -> Vec<f32> + Sync)| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        pool.unwrap().install(run)
+    };
+    for (model, precision) in [("llama3", Precision::F32), ("mistral", Precision::Bf16)] {
+        let generator = Generator::new(&decoder(&golden(model), Precision::F32), precision);
+        for lens in [&[30, 31, 29, 30, 30, 30][..], &[90, 2, 1]] {
+            let prompts: Vec<Vec<u32>> = lens
+                .iter()
+                .zip(0..)
+                .map(|(&len, seed)| (0..len).map(|i| 4 + (i * 7 + seed) % 70).collect())
+                .collect();
+            let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+            let run = || {
+                let caches = generator.prefill(&prompts).unwrap();
+                let mut found: Vec<f32> = caches.iter().flat_map(|c| c.logits()).copied().collect();
+                let caches: Vec<_> = caches.into_iter().map(Arc::new).collect();
+                let mut sequences: Vec<_> = (0..73)
+                    .map(|index| Sequence::new(Arc::clone(&caches[index * caches.len() / 73])))
+                    .collect();
+                for step in 0..3 {
+                    let tokens: Vec<u32> =
+                        (0..73).map(|index| 4 + (index * 5 + step) % 90).collect();
+                    found.extend(generator.step(&mut sequences, &tokens).unwrap());
+                }
+                found
+            };
+            let alone = on(1, &run);
+            for threads in [2, 3, 5] {
+                assert!(
+                    on(threads, &run) == alone,
+                    "{model} {lens:?} {threads} threads"
+                );
+            }
         }
     }
 }
