@@ -171,25 +171,19 @@ impl KeyValues {
         }
     }
 
-    /// The keys are read next. Of f32, whose products take as long as reading them, nothing is asked for.
-    fn keys_ahead(
-        &self,
-        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))] ahead: &mut Ahead,
-    ) {
+    /// The keys are read next.
+    fn keys_ahead(&self, ahead: &mut Ahead) {
         match &self.stored {
-            Stored::F32(_) => {}
+            Stored::F32(laid) => ahead.then(&laid.keys),
             #[cfg(target_arch = "x86_64")]
             Stored::Bf16(laid) => ahead.then(&laid.keys),
         }
     }
 
-    /// As [`KeyValues::keys_ahead`].
-    fn values_ahead(
-        &self,
-        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))] ahead: &mut Ahead,
-    ) {
+    /// The values are read next.
+    fn values_ahead(&self, ahead: &mut Ahead) {
         match &self.stored {
-            Stored::F32(_) => {}
+            Stored::F32(laid) => ahead.then(&laid.values),
             #[cfg(target_arch = "x86_64")]
             Stored::Bf16(laid) => ahead.then(&laid.values),
         }
@@ -442,15 +436,16 @@ fn score_all(
         let tables = scores.each(rows);
         for (queries, (head, scores)) in queries.chunks_exact(each.max(1)).zip(tables) {
             let queries = &queries[rows.clone()];
-            ahead.ask(rows.len());
             match &cache.stored {
                 Stored::F32(laid) => {
                     let [keys, _] = laid.block(cache.sizes(), block, head);
+                    ahead.ask(keys, rows.len());
                     portable::score(queries, keys, scores, stride, at, wide);
                 }
                 #[cfg(target_arch = "x86_64")]
                 Stored::Bf16(laid) => {
                     let [keys, _] = laid.block(cache.sizes(), block, head);
+                    ahead.ask(keys, rows.len());
                     key_values_avx512::score(queries, keys, scores, stride, at);
                 }
             }
@@ -474,10 +469,10 @@ fn add_all(
         let at = first + block * BLOCK;
         for ((head, weights), (_, sums)) in weights.each(rows).zip(sums.each(rows)) {
             let weights = &weights[at / cache.word_elements()..];
-            ahead.ask(rows.len());
             match &cache.stored {
                 Stored::F32(laid) => {
                     let [_, values] = laid.block(cache.sizes(), block, head);
+                    ahead.ask(values, rows.len());
                     portable::add(
                         &values[..tokens * padded],
                         weights,
@@ -490,6 +485,7 @@ fn add_all(
                 #[cfg(target_arch = "x86_64")]
                 Stored::Bf16(laid) => {
                     let [_, values] = laid.block(cache.sizes(), block, head);
+                    ahead.ask(values, rows.len());
                     key_values_avx512::add(
                         &values[..tokens.div_ceil(Pair::ELEMENTS) * padded],
                         weights,

@@ -5,8 +5,9 @@ use std::ops::Range;
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
-/// Lines asked for with each row that a block of 16 positions is multiplied by. Samples of one prompt then have their own keys and
-/// values about when the prompt's are done with; fewer come late, more are in each other's way.
+/// Lines asked for with each row that a block of 16 positions is multiplied by, where that is more than the block itself has. Samples
+/// of one prompt then have their own keys and values about when the prompt's are done with; fewer come late, more are in each
+/// other's way.
 const LINES_A_ROW: usize = 3;
 
 /// Memory in the order in which it will be read.
@@ -20,9 +21,9 @@ impl Ahead {
         self.0.push_back(start.cast()..end.cast());
     }
 
-    /// Asks for the next lines, while as many rows are multiplied by a block.
-    pub(super) fn ask(&mut self, rows: usize) {
-        let mut lines = rows * LINES_A_ROW;
+    /// Asks for the next lines, while as many rows are multiplied by `block`: at least as many lines as that has.
+    pub(super) fn ask<W>(&mut self, block: &[W], rows: usize) {
+        let mut lines = size_of_val(block).div_ceil(LINE).max(rows * LINES_A_ROW);
         while lines > 0
             && let Some(next) = self.0.front_mut()
         {

@@ -309,11 +309,11 @@ fn what_is_read_next_is_asked_for_in_order_and_once() {
     ahead.then(&second);
     // Four lines, then seven: the last one is begun.
     assert_eq!(ahead.lines_left(), 11);
-    ahead.ask(1);
+    ahead.ask(&[0.0f32; 16], 1);
     assert_eq!(ahead.lines_left(), 8);
-    ahead.ask(2);
-    assert_eq!(ahead.lines_left(), 2);
-    ahead.ask(5);
+    ahead.ask(&[0.0f32; 80], 1);
+    assert_eq!(ahead.lines_left(), 3);
+    ahead.ask(&[0.0f32; 16], 2);
     assert_eq!(ahead.lines_left(), 0);
 }
 
