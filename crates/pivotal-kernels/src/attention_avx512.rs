@@ -11,8 +11,9 @@ use std::arch::x86_64::{
     _MM_FROUND_TO_NEAREST_INT, _mm256_storeu_si256, _mm512_add_ps, _mm512_castsi512_ps,
     _mm512_cmp_ps_mask, _mm512_cvtne2ps_pbh, _mm512_cvtneps_pbh, _mm512_dpbf16_ps, _mm512_fmadd_ps,
     _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps,
-    _mm512_maskz_scalef_ps, _mm512_max_ps, _mm512_permutexvar_epi16, _mm512_roundscale_ps,
-    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps, _mm512_sub_ps,
+    _mm512_maskz_scalef_ps, _mm512_max_ps, _mm512_mul_ps, _mm512_permutexvar_epi16,
+    _mm512_roundscale_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+    _mm512_sub_ps,
 };
 
 use crate::amx::Tiles;
@@ -382,7 +383,13 @@ pub(crate) fn pack_rows<'a>(
             for head in 0..shape.kv_heads {
                 let from = &matrix[token * shape.key_width() + head * dim..][..dim];
                 // SAFETY: this block alone has the words of these tokens; the features were found when the plan was made.
-                unsafe { round_row(from, target.slice((head * tokens + token) * pairs, pairs)) };
+                unsafe {
+                    round_row(
+                        from,
+                        1.0,
+                        target.slice((head * tokens + token) * pairs, pairs),
+                    )
+                };
             }
         }
     });
@@ -393,12 +400,14 @@ pub(crate) fn pack_rows<'a>(
     }
 }
 
-/// Rounds `from` to bf16, two elements a word.
+/// Rounds `scale · from` to bf16, two elements a word.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn round_row(from: &[f32], to: &mut [f32]) {
+pub(crate) fn round_row(from: &[f32], scale: f32, to: &mut [f32]) {
+    let scale = _mm512_set1_ps(scale);
     for (from, to) in from.chunks(2 * VECTOR).zip(to.chunks_mut(VECTOR)) {
         let (low, high) = from.split_at(from.len().min(VECTOR));
-        let words = bits(_mm512_cvtne2ps_pbh(load_part(high), load_part(low)));
+        let [low, high] = [low, high].map(|part| _mm512_mul_ps(load_part(part), scale));
+        let words = bits(_mm512_cvtne2ps_pbh(high, low));
         store_part(_mm512_castsi512_ps(words), to);
     }
 }

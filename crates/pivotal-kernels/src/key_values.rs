@@ -171,21 +171,12 @@ impl KeyValues {
         }
     }
 
-    /// The keys are read next.
-    fn keys_ahead(&self, ahead: &mut Ahead) {
+    /// Where the keys lie, and the values.
+    fn memory(&self) -> [Range<*const u8>; 2] {
         match &self.stored {
-            Stored::F32(laid) => ahead.then(&laid.keys),
+            Stored::F32(laid) => laid.memory(),
             #[cfg(target_arch = "x86_64")]
-            Stored::Bf16(laid) => ahead.then(&laid.keys),
-        }
-    }
-
-    /// The values are read next.
-    fn values_ahead(&self, ahead: &mut Ahead) {
-        match &self.stored {
-            Stored::F32(laid) => ahead.then(&laid.values),
-            #[cfg(target_arch = "x86_64")]
-            Stored::Bf16(laid) => ahead.then(&laid.values),
+            Stored::Bf16(laid) => laid.memory(),
         }
     }
 
@@ -230,9 +221,8 @@ pub fn attend_step(
     for StepContext { prefix, own } in contexts {
         prefix.check(shape);
         own.check(shape);
-        let words = [prefix, own].map(|cache| cache.word_elements());
         assert!(
-            words[0] == words[1],
+            prefix.word_elements() == own.word_elements(),
             "a prefix and a cache of two precisions"
         );
     }
@@ -256,18 +246,17 @@ pub fn attend_step(
             let heads = part * heads..(part + 1) * heads;
             let width = shape.group() * shape.head_dim;
             let at = |sequence: usize, head: usize| sequence * shape.query_width() + head * width;
-            let mut queries: Vec<&[f32]> =
-                Vec::with_capacity(heads.len() * run.len() * shape.group());
-            for head in heads.clone() {
-                for sequence in run.clone() {
-                    queries.extend(q[at(sequence, head)..][..width].chunks_exact(shape.head_dim));
-                }
-            }
+            let queries = heads.clone().flat_map(|head| {
+                let sequences = run.clone();
+                sequences.flat_map(move |sequence| {
+                    q[at(sequence, head)..][..width].chunks_exact(shape.head_dim)
+                })
+            });
             let following = contexts.get(run.end);
             let contexts = &contexts[run.clone()];
             attend_run(
                 shape,
-                &queries,
+                queries,
                 contexts,
                 heads,
                 wide,
@@ -307,9 +296,9 @@ impl Tables<'_> {
 
 /// Heads `heads` of sequences that share a prefix, before `following`. `queries` has them head by head; `write` gets a head, which of
 /// its queries it is, and the result.
-fn attend_run(
+fn attend_run<'a>(
     shape: AttentionShape,
-    queries: &[&[f32]],
+    queries: impl Iterator<Item = &'a [f32]>,
     contexts: &[StepContext<'_>],
     heads: Range<usize>,
     wide: bool,
@@ -322,10 +311,11 @@ fn attend_run(
     let stride = first + own_blocks * BLOCK;
     let rows = contexts.len() * group;
     let words = shape.head_dim.div_ceil(prefix.word_elements());
-    with_scratch(queries.len() * (words + stride + padded), |scratch| {
-        let (query_words, rest) = scratch.split_at_mut(queries.len() * words);
-        let (scores, sums) = rest.split_at_mut(queries.len() * stride);
-        for (query, words) in queries.iter().zip(query_words.chunks_exact_mut(words)) {
+    let count = heads.len() * rows;
+    with_scratch(count * (words + stride + padded), |scratch| {
+        let (query_words, rest) = scratch.split_at_mut(count * words);
+        let (scores, sums) = rest.split_at_mut(count * stride);
+        for (query, words) in queries.zip(query_words.chunks_exact_mut(words)) {
             prefix.query_words(query, shape.scale(), words);
         }
         sums.fill(0.0);
@@ -344,11 +334,12 @@ fn attend_run(
         };
         let mut ahead = Ahead::default();
         if heads.len() == shape.kv_heads {
-            let own = || contexts.iter().map(|context| context.own);
-            own().for_each(|own| own.keys_ahead(&mut ahead));
-            prefix.values_ahead(&mut ahead);
-            own().for_each(|own| own.values_ahead(&mut ahead));
-            following.inspect(|context| context.prefix.keys_ahead(&mut ahead));
+            let own = || contexts.iter().map(|context| context.own.memory());
+            let [_, values] = prefix.memory();
+            ahead.extend(own().map(|[keys, _]| keys));
+            ahead.extend([values]);
+            ahead.extend(own().map(|[_, values]| values));
+            ahead.extend(following.map(|context| context.prefix.memory()[0].clone()));
         }
         score_all(
             prefix,

@@ -11,7 +11,7 @@ use std::arch::x86_64::{
 };
 use std::f32::consts::LOG2_E;
 
-use crate::attention_avx512::{bits, exp2, load, load_part, store, store_part};
+use crate::attention_avx512::{bits, exp2, load, round_row, store};
 use crate::bf16::available;
 use crate::key_values::{BLOCK, Pair, Word};
 
@@ -53,19 +53,9 @@ impl Factor for Pair {
 /// # Panics
 /// If `words` has another length, or the instructions are missing.
 pub(crate) fn query_pairs(query: &[f32], scale: f32, words: &mut [f32]) {
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    fn round(query: &[f32], scale: f32, words: &mut [f32]) {
-        let scale = _mm512_set1_ps(scale);
-        for (from, to) in query.chunks(2 * VECTOR).zip(words.chunks_mut(VECTOR)) {
-            let (low, high) = from.split_at(from.len().min(VECTOR));
-            let [low, high] = [low, high].map(|part| _mm512_mul_ps(load_part(part), scale));
-            let pairs = bits(_mm512_cvtne2ps_pbh(high, low));
-            store_part(_mm512_castsi512_ps(pairs), to);
-        }
-    }
     assert!(available() && words.len() == query.len().div_ceil(2));
     // SAFETY: the features are there.
-    unsafe { round(query, scale, words) }
+    unsafe { round_row(query, scale, words) }
 }
 
 /// The softmax of `scores`, zeros if all are negative infinity, rounded to bf16: two a word, into the first half.
@@ -193,30 +183,41 @@ pub(crate) fn add<W: Factor>(
         let sums = &mut sums[row * padded..];
         let weights = &weights[row * stride..];
         for dim in (0..padded).step_by(2 * VECTOR) {
-            let last = padded - dim == VECTOR;
+            let (queries, at) = (queries - row, (padded, dim));
             // SAFETY: the features are there; the queries left have `tokens` weights and `padded` sums each, and as many
             // columns from `dim` on, by the assertions above.
             unsafe {
-                let at = (padded, dim);
-                match (queries - row, last) {
-                    (1, false) => add_columns::<1, 2, W>(values, weights, stride, sums, at),
-                    (2, false) => add_columns::<2, 2, W>(values, weights, stride, sums, at),
-                    (3, false) => add_columns::<3, 2, W>(values, weights, stride, sums, at),
-                    (4, false) => add_columns::<4, 2, W>(values, weights, stride, sums, at),
-                    (5, false) => add_columns::<5, 2, W>(values, weights, stride, sums, at),
-                    (6, false) => add_columns::<6, 2, W>(values, weights, stride, sums, at),
-                    (7, false) => add_columns::<7, 2, W>(values, weights, stride, sums, at),
-                    (_, false) => add_columns::<8, 2, W>(values, weights, stride, sums, at),
-                    (1, true) => add_columns::<1, 1, W>(values, weights, stride, sums, at),
-                    (2, true) => add_columns::<2, 1, W>(values, weights, stride, sums, at),
-                    (3, true) => add_columns::<3, 1, W>(values, weights, stride, sums, at),
-                    (4, true) => add_columns::<4, 1, W>(values, weights, stride, sums, at),
-                    (5, true) => add_columns::<5, 1, W>(values, weights, stride, sums, at),
-                    (6, true) => add_columns::<6, 1, W>(values, weights, stride, sums, at),
-                    (7, true) => add_columns::<7, 1, W>(values, weights, stride, sums, at),
-                    (_, true) => add_columns::<8, 1, W>(values, weights, stride, sums, at),
+                match padded - dim {
+                    VECTOR => add_rows::<1, W>(queries, values, weights, stride, sums, at),
+                    _ => add_rows::<2, W>(queries, values, weights, stride, sums, at),
                 }
             }
+        }
+    }
+}
+
+/// # Safety
+/// As for [`add_columns`], of the first eight of so many `queries`.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn add_rows<const V: usize, W: Factor>(
+    queries: usize,
+    values: &[W],
+    weights: &[f32],
+    stride: usize,
+    sums: &mut [f32],
+    at: (usize, usize),
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match queries {
+            1 => add_columns::<1, V, W>(values, weights, stride, sums, at),
+            2 => add_columns::<2, V, W>(values, weights, stride, sums, at),
+            3 => add_columns::<3, V, W>(values, weights, stride, sums, at),
+            4 => add_columns::<4, V, W>(values, weights, stride, sums, at),
+            5 => add_columns::<5, V, W>(values, weights, stride, sums, at),
+            6 => add_columns::<6, V, W>(values, weights, stride, sums, at),
+            7 => add_columns::<7, V, W>(values, weights, stride, sums, at),
+            _ => add_columns::<8, V, W>(values, weights, stride, sums, at),
         }
     }
 }

@@ -178,23 +178,19 @@ impl Generator {
         if let [_] = shares[..] {
             return Ok(self.prefill_share(prompts, PREFILL_TOKENS));
         }
-        let mut caches: Vec<Option<PromptCache>> = vec![None; prompts.len()];
-        let mut read: Vec<_> = shares
-            .iter()
-            .map(|share| (share, Vec::with_capacity(share.len())))
-            .collect();
+        let mut read: Vec<_> = shares.iter().map(|share| (share, Vec::new())).collect();
         with_team(|| {
             for_each_item(&mut read, |(share, caches)| {
                 let prompts: Vec<&[u32]> = share.iter().map(|&index| prompts[index]).collect();
                 *caches = self.prefill_share(&prompts, SHARE_TOKENS);
             });
         });
-        for (share, read) in read {
-            for (&index, cache) in share.iter().zip(read) {
-                caches[index] = Some(cache);
-            }
-        }
-        Ok(caches.into_iter().flatten().collect())
+        let read = read.into_iter();
+        let mut caches: Vec<_> = read
+            .flat_map(|(share, caches)| share.iter().zip(caches))
+            .collect();
+        caches.sort_unstable_by_key(|&(index, _)| index);
+        Ok(caches.into_iter().map(|(_, cache)| cache).collect())
     }
 
     /// Reads prompts in order, together up to so many tokens.

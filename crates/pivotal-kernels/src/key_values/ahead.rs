@@ -16,9 +16,8 @@ pub(super) struct Ahead(VecDeque<Range<*const u8>>);
 
 impl Ahead {
     /// Appends what is read after all else.
-    pub(super) fn then<W>(&mut self, read: &[W]) {
-        let Range { start, end } = read.as_ptr_range();
-        self.0.push_back(start.cast()..end.cast());
+    pub(super) fn extend(&mut self, read: impl IntoIterator<Item = Range<*const u8>>) {
+        self.0.extend(read);
     }
 
     /// Asks for the next lines, while as many rows are multiplied by `block`: at least as many lines as that has.

@@ -1,5 +1,7 @@
 //! The memory of a cache, in the words that one instruction multiplies.
 
+use std::ops::Range;
+
 use super::BLOCK;
 use crate::lanes::LANES;
 
@@ -7,9 +9,9 @@ use crate::lanes::LANES;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Laid<W> {
     /// `[blocks, kv_heads, words of head_dim, 16]`.
-    pub(super) keys: Vec<W>,
+    keys: Vec<W>,
     /// `[blocks, kv_heads, words of 16, padded head_dim]`.
-    pub(super) values: Vec<W>,
+    values: Vec<W>,
 }
 
 /// The upper half of an f32.
@@ -97,6 +99,14 @@ impl<W: Word> Laid<W> {
                 }
             }
         }
+    }
+
+    /// Where the keys lie, and the values.
+    pub(super) fn memory(&self) -> [Range<*const u8>; 2] {
+        [&self.keys, &self.values].map(|words| {
+            let Range { start, end } = words.as_ptr_range();
+            start.cast()..end.cast()
+        })
     }
 
     pub(super) fn block(

@@ -305,8 +305,10 @@ fn two_precisions_are_refused() {
 fn what_is_read_next_is_asked_for_in_order_and_once() {
     let (first, second) = (vec![0.0f32; 64], vec![0.0f32; 100]);
     let mut ahead = Ahead::default();
-    ahead.then(&first);
-    ahead.then(&second);
+    ahead.extend([&first, &second].map(|read| {
+        let Range { start, end } = read.as_ptr_range();
+        start.cast()..end.cast()
+    }));
     // Four lines, then seven: the last one is begun.
     assert_eq!(ahead.lines_left(), 11);
     ahead.ask(&[0.0f32; 16], 1);

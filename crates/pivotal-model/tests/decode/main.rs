@@ -120,6 +120,8 @@ fn sequences_and_prompts_do_not_feel_their_neighbours() {
 /// Prompts that can be dealt evenly and one that cannot; sequences enough that threads take shares of them, in unequal parts.
 #[test]
 fn threads_do_not_change_a_bit_whatever_they_share() {
+    // Shares of two and of three threads, not of five.
+    const SEQUENCES: usize = 73;
     let on = |threads: usize, run: &(dyn Fn() -> Vec<f32> + Sync)| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
         pool.unwrap().install(run)
@@ -137,12 +139,14 @@ fn threads_do_not_change_a_bit_whatever_they_share() {
                 let caches = generator.prefill(&prompts).unwrap();
                 let mut found: Vec<f32> = caches.iter().flat_map(|c| c.logits()).copied().collect();
                 let caches: Vec<_> = caches.into_iter().map(Arc::new).collect();
-                let mut sequences: Vec<_> = (0..73)
-                    .map(|index| Sequence::new(Arc::clone(&caches[index * caches.len() / 73])))
+                let mut sequences: Vec<_> = (0..SEQUENCES)
+                    .map(|index| {
+                        Sequence::new(Arc::clone(&caches[index * caches.len() / SEQUENCES]))
+                    })
                     .collect();
                 for step in 0..3 {
-                    let tokens: Vec<u32> =
-                        (0..73).map(|index| 4 + (index * 5 + step) % 90).collect();
+                    let token = |index| 4 + (index as u32 * 5 + step) % 90;
+                    let tokens: Vec<u32> = (0..SEQUENCES).map(token).collect();
                     found.extend(generator.step(&mut sequences, &tokens).unwrap());
                 }
                 found
