@@ -254,7 +254,7 @@ impl Credit {
         };
         let record = |(index, segment): (usize, &Segment)| {
             let tokens = segment.start..segment.end;
-            let score = self.rule.score.of(&signal[tokens.clone()]);
+            let score = self.rule.score.of_part(&signal, tokens.clone());
             let sign = match from_cut {
                 true => signs[index],
                 false => Sign::of(score, baseline, offset),

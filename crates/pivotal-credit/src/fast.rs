@@ -192,20 +192,12 @@ fn close(
     decision: Decision,
     keep: &mut [bool],
 ) -> bool {
-    let start = segment.start;
-    let window = signal[start..].first_chunk();
-    match window.and_then(|window| score.of_first(segment.len(), window)) {
-        Some(value) => {
-            let kept = decision.of(value);
-            keep[start..start + 8].copy_from_slice(&[kept; 8]);
-            kept
-        }
-        None => {
-            let kept = decision.of(score.of(&signal[segment.clone()]));
-            keep[segment].fill(kept);
-            kept
-        }
+    let kept = decision.of(score.of_part(signal, segment.clone()));
+    match keep[segment.start..].first_chunk_mut::<8>() {
+        Some(flags) if segment.len() <= flags.len() => *flags = [kept; 8],
+        _ => keep[segment].fill(kept),
     }
+    kept
 }
 
 /// A bit for each of the tokens from `first` on that begins a segment: found without branches, which where cuts are many

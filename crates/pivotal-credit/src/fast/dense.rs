@@ -1,7 +1,7 @@
 //! Masks of short segments, 64 tokens at a time: which of them are kept is found for a segment of each length at every token, in
 //! vectors, and where segments begin then only picks among the answers. Nothing branches on a segment.
 
-use crate::Score;
+use crate::{Score, score::sum_of_part};
 
 /// Tokens whose flags make one machine word.
 pub(super) const WORD: usize = 64;
@@ -51,17 +51,24 @@ pub(super) struct Kept {
     pub(super) open: bool,
 }
 
-/// The mask of the segments that begin in `word`.
+/// The mask of the segments that begin in `word`, by their means or else their sums.
 #[inline]
 pub(super) fn kept_of_word(word: Word<'_>, score: Score, decision: Decision) -> Kept {
-    let decided = match score {
-        Score::Mean => decide(word, decision, |sum, len| match len {
+    match score {
+        Score::Mean => kept_by(word, decision, |sum, len| match len {
             3 => third(sum) as f32,
             // A half and a quarter are exact.
-            _ => (sum * (1.0 / len as f64)) as f32,
+            1 | 2 | 4 => (sum * (1.0 / len as f64)) as f32,
+            _ => (sum / len as f64) as f32,
         }),
-        _ => decide(word, decision, |sum, _| sum as f32),
-    };
+        _ => kept_by(word, decision, |sum, _| sum as f32),
+    }
+}
+
+/// [`kept_of_word`] where `score` makes a segment's score of its sum and its length.
+#[inline]
+fn kept_by(word: Word<'_>, decision: Decision, score: impl Fn(f64, usize) -> f32) -> Kept {
+    let decided = decide(word, decision, &score);
     let mut open = word.starts;
     let mut tokens = 0_u128;
     for len in 1..=LENGTHS {
@@ -76,7 +83,7 @@ pub(super) fn kept_of_word(word: Word<'_>, score: Score, decision: Decision) -> 
     let last = word.starts & !(u64::MAX >> 1 >> word.starts.leading_zeros());
     let known = open & !last;
     Kept {
-        tokens: tokens | u128::from(long_segments(word, known, score, decision)),
+        tokens: tokens | u128::from(long_segments(word, known, decision, score)),
         open: open & last != 0,
     }
 }
@@ -88,20 +95,26 @@ fn ends(word: Word<'_>, len: usize) -> u64 {
 }
 
 /// Those kept of the segments that are longer than [`LENGTHS`], at the starts `open`, none of which is the last.
-fn long_segments(word: Word<'_>, mut open: u64, score: Score, decision: Decision) -> u64 {
+#[inline]
+fn long_segments(
+    word: Word<'_>,
+    mut open: u64,
+    decision: Decision,
+    score: impl Fn(f64, usize) -> f32,
+) -> u64 {
+    let [positive, negative, neutral] = decision.kept;
+    // By whether the score is above, and whether it is below: a table, for which of them it is nobody can predict.
+    let kept_where = [neutral, positive, negative, positive];
     let mut kept = 0;
     while open != 0 {
         let start = open.trailing_zeros();
         open &= open - 1;
         let len = (word.starts >> start >> 1).trailing_zeros() + 1;
-        let rest = &word.signal[start as usize..];
-        let window = rest.first_chunk();
-        let value = match window.and_then(|window| score.of_first(len as usize, window)) {
-            Some(value) => value,
-            None => score.of(&rest[..len as usize]),
-        };
+        let sum = sum_of_part(word.signal, start as usize..(start + len) as usize);
+        let value = score(sum, len as usize);
+        let place = usize::from(value > decision.above) | usize::from(value < decision.below) << 1;
         let all = (1_u64 << len) - 1;
-        kept |= if decision.of(value) { all << start } else { 0 };
+        kept |= (all << start) * u64::from(kept_where[place]);
     }
     kept
 }
