@@ -197,16 +197,17 @@ impl Credit {
         baseline: &ResolvedBaseline,
         Widths { offset, jump }: Widths,
     ) -> Scored {
-        let (signal, baseline): (Cow<'_, [f32]>, f32) = match baseline {
-            ResolvedBaseline::Constant(baseline) => (Cow::Borrowed(&own.signal), *baseline),
-            ResolvedBaseline::PerToken(baselines) => (
-                own.signal
-                    .iter()
-                    .zip(baselines)
-                    .map(|(r, b)| r - b)
-                    .collect(),
-                0.0,
-            ),
+        let signal = &own.signal[..];
+        let constant = match baseline {
+            ResolvedBaseline::Constant(baseline) => *baseline,
+            ResolvedBaseline::PerToken(_) => 0.0,
+        };
+        // A trigger that knows one baseline is given what is left after each token's own.
+        let triggered: Cow<'_, [f32]> = match (baseline, &self.rule.cut) {
+            (ResolvedBaseline::PerToken(baselines), Cut::Schmitt(_)) => {
+                signal.iter().zip(baselines).map(|(r, b)| r - b).collect()
+            }
+            _ => Cow::Borrowed(signal),
         };
         let cuts: Vec<usize> = match (&self.rule.cut, response.cuts) {
             (Cut::External, Some(cuts)) => own.offsets(cuts),
@@ -222,7 +223,7 @@ impl Credit {
             Cut::Punctuation(marks) => Cutter::Punctuation(PunctuationCutter::new(marks)),
             Cut::Jump(_) => Cutter::Jump(JumpCutter::new(jump)),
             Cut::Schmitt(between) => {
-                Cutter::schmitt(SchmittTrigger::new(baseline, offset, *between))
+                Cutter::schmitt(SchmittTrigger::new(constant, offset, *between))
             }
             Cut::Entropy(nats) => Cutter::Entropy(EntropyCutter::new(&entropies, *nats)),
             Cut::Improbable { probability, every } => {
@@ -232,7 +233,7 @@ impl Credit {
             Cut::External => Cutter::External(OffsetCutter::new(&cuts)),
         };
         let text = |index: usize| response.texts.map_or("", |texts| texts[own.index(index)]);
-        let (mut segments, mut signs) = cut(cutter, &signal, text);
+        let (mut segments, mut signs) = cut(cutter, &triggered, text);
         let from_cut = !signs.is_empty();
         if self.rule.min_len > 1 {
             merge_short(
@@ -254,7 +255,14 @@ impl Credit {
         };
         let record = |(index, segment): (usize, &Segment)| {
             let tokens = segment.start..segment.end;
-            let score = self.rule.score.of_part(&signal, tokens.clone());
+            let score = self.rule.score.of_part(signal, tokens.clone());
+            let baseline = match baseline {
+                ResolvedBaseline::Constant(_) => constant,
+                ResolvedBaseline::PerToken(baselines) => {
+                    let (signal, baselines) = (&signal[tokens.clone()], &baselines[tokens.clone()]);
+                    self.rule.score.baseline_of(signal, baselines)
+                }
+            };
             let sign = match from_cut {
                 true => signs[index],
                 false => Sign::of(score, baseline, offset),

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use pivotal_core::statistics::{Moments, quantile};
+use pivotal_core::statistics::quantile;
 use serde::{Deserialize, Serialize};
 
 use crate::named::named_enum;
@@ -192,16 +192,14 @@ impl BaselineState {
             Baseline::Calibrated { .. } => constant(self.threshold.unwrap_or(0.0)),
             Baseline::BatchMean => constant(mean_of(tokens())),
             Baseline::PromptMean => {
-                let mut prompts: HashMap<u64, Moments> = HashMap::new();
+                let mut prompts: HashMap<u64, FadingMean> = HashMap::new();
                 for (prompt, signal) in batch {
-                    let moments = prompts.entry(*prompt).or_default();
-                    signal
-                        .iter()
-                        .for_each(|&reward| moments.push(f64::from(reward)));
+                    let mean = prompts.entry(*prompt).or_default();
+                    signal.iter().for_each(|&reward| mean.push(reward));
                 }
                 batch
                     .iter()
-                    .map(|(prompt, _)| prompts[prompt].mean().unwrap_or(0.0) as f32)
+                    .map(|(prompt, _)| prompts[prompt].mean())
                     .map(ResolvedBaseline::Constant)
                     .collect()
             }

@@ -60,8 +60,8 @@ pub struct ResponseCredit {
     pub signal_name: Signal,
     /// The signal as it was cut: moved back by `signal_delay`, `[tokens]`.
     pub signal: Vec<f32>,
-    /// The baseline b used: one number, or `[tokens]` where it depends on the position. In the latter case a segment's score
-    /// is of r − b, and its sign is that score's around 0.
+    /// The baseline b used: one number, or `[tokens]` where it depends on the position. In the latter case a segment's sign is
+    /// its score's around [`Score::baseline_of`](crate::Score::baseline_of).
     pub baseline: Vec<f32>,
     /// The offset δ used.
     pub offset: f32,

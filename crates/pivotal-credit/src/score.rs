@@ -36,13 +36,26 @@ impl Score {
             Self::Mean => (sum(signal) / signal.len().max(1) as f64) as f32,
             Self::Sum => sum(signal) as f32,
             Self::Last => signal.last().copied().unwrap_or(0.0),
-            Self::MaxAbs => signal.iter().copied().fold(0.0, |far: f32, reward| {
-                if reward.abs() > far.abs() {
-                    reward
-                } else {
-                    far
-                }
-            }),
+            Self::MaxAbs => signal.get(farthest(signal)).copied().unwrap_or(0.0),
+        }
+    }
+
+    /// The baseline of one segment's score where every token has its own: the tokens' mean, or that of the one token which is
+    /// the score; 0 of no token.
+    ///
+    /// # Examples
+    /// ```
+    /// use pivotal_credit::Score;
+    /// let (signal, baselines) = ([1.0, -4.0, 1.5], [0.0, 1.0, 2.0]);
+    /// assert_eq!(Score::Sum.baseline_of(&signal, &baselines), 1.0);
+    /// assert_eq!(Score::Last.baseline_of(&signal, &baselines), 2.0);
+    /// assert_eq!(Score::MaxAbs.baseline_of(&signal, &baselines), 1.0);
+    /// ```
+    pub fn baseline_of(self, signal: &[f32], baselines: &[f32]) -> f32 {
+        match self {
+            Self::Mean | Self::Sum => Self::Mean.of(baselines),
+            Self::Last => Self::Last.of(baselines),
+            Self::MaxAbs => baselines.get(farthest(signal)).copied().unwrap_or(0.0),
         }
     }
 
@@ -55,6 +68,18 @@ impl Score {
             Self::Last | Self::MaxAbs => self.of(&signal[part]),
         }
     }
+}
+
+/// Where the first of those farthest from 0 stands.
+#[inline]
+fn farthest(signal: &[f32]) -> usize {
+    let mut farthest = (0, 0.0_f32);
+    for (index, reward) in signal.iter().enumerate() {
+        if reward.abs() > farthest.1 {
+            farthest = (index, reward.abs());
+        }
+    }
+    farthest.0
 }
 
 /// The sum in f64, in an order fixed by the length.

@@ -402,11 +402,9 @@ proptest! {
         let found = calibrate(&chosen, &rejected).unwrap();
         let best = best_accuracy(&chosen, &rejected);
         prop_assert!((found.balanced_accuracy - best).abs() < 1e-12);
-        if best > 0.5 {
-            let above = chosen.iter().filter(|&&value| value > found.threshold).count() as f64 / chosen.len() as f64;
-            let below = rejected.iter().filter(|&&value| value < found.threshold).count() as f64 / rejected.len() as f64;
-            prop_assert!(((above + below) / 2.0 - best).abs() < 1e-12, "{:?}", found);
-        }
+        let above = chosen.iter().filter(|&&value| value > found.threshold).count() as f64 / chosen.len() as f64;
+        let not_above = rejected.iter().filter(|&&value| value <= found.threshold).count() as f64 / rejected.len() as f64;
+        prop_assert!(((above + not_above) / 2.0 - best).abs() < 1e-12, "{:?}", found);
     }
 
     #[test]

@@ -304,6 +304,58 @@ fn a_position_baseline_is_recorded_as_used() {
 }
 
 #[test]
+fn a_position_baseline_changes_signs_and_not_what_is_measured() {
+    let toml = |rest: &str| format!("baseline = 'position_mean'\n{rest}");
+    let given = |toml: &str, chosen: &[f32], rejected: &[f32]| {
+        let batch = [
+            Response::new(1, 0, chosen, Sign::Positive),
+            Response::new(1, 1, rejected, Sign::Negative),
+        ];
+        Credit::new(rule(toml), 1).assign(&batch).unwrap()
+    };
+    // A jump is one of the signal, whether or not the baseline jumps with it.
+    let jumps = toml("baseline_positions = 'absolute'\ncut = 'jump'\njump = 1.0");
+    let lengths = |given: &ResponseCredit| -> Vec<usize> {
+        let segments = given.segments.iter();
+        segments
+            .map(|segment| segment.end - segment.start)
+            .collect()
+    };
+    let alike = given(&jumps, &[0.0, 2.0, 0.0, 2.0], &[0.0, 2.0, 0.0, 2.0]);
+    assert_eq!(lengths(&alike[0]), [1; 4]);
+    let flat = given(&jumps, &[1.0; 4], &[0.0, 4.0, 0.0, 4.0]);
+    assert_eq!(lengths(&flat[0]), [4]);
+    // Where the baseline is the same at every position, it is as if it were one number, whatever the score.
+    for score in ["mean", "sum", "last", "max_abs"] {
+        let sequence = format!("score = '{score}'\ncut = 'sequence'\noffset = 0.25");
+        let (chosen, rejected) = ([1.0, 1.0, 0.5, 0.5], [1.0, 1.0, 2.0, 1.0]);
+        let one_bin = toml(&format!("baseline_bins = 1\n{sequence}"));
+        let by_position = given(&one_bin, &chosen, &rejected);
+        let by_batch = given(
+            &format!("baseline = 'batch_mean'\n{sequence}"),
+            &chosen,
+            &rejected,
+        );
+        for (one, other) in by_position.iter().zip(&by_batch) {
+            assert_eq!(one.segments, other.segments, "{score}");
+        }
+    }
+}
+
+#[test]
+fn a_prompts_mean_of_whole_numbers_is_exact() {
+    let batch: [(u64, &[f32]); 2] = [(1, &[-1.0, -1.0, 0.0]), (1, &[1.0, 1.0])];
+    let mut state = BaselineState::new(Baseline::PromptMean);
+    assert_eq!(
+        state.resolve(&batch),
+        [
+            ResolvedBaseline::Constant(0.0),
+            ResolvedBaseline::Constant(0.0)
+        ]
+    );
+}
+
+#[test]
 fn edges() {
     let empty = one("offset_std = 0.5", Response::new(1, 0, &[], Sign::Positive));
     assert!(empty.segments.is_empty() && empty.keep.is_empty());
