@@ -12,7 +12,7 @@ use gemm::Parallelism;
 
 use crate::lanes::{exp_shifted, maximum, sum};
 use crate::matmul::{ProductShape, Store, f32_product};
-use crate::parallel::{SharedOut, check_len, for_each_block, with_scratch, written};
+use crate::parallel::{SharedOut, check_matrix, for_each_block, with_scratch, written};
 use crate::plan::{AttentionPlan, AttentionShape, Block};
 
 /// Queries, keys and values of a batch, rotated already.
@@ -30,9 +30,9 @@ impl AttentionInput<'_> {
     #[track_caller]
     pub(crate) fn check(&self, plan: &AttentionPlan) {
         let shape = plan.shape();
-        check_len("q", self.q, plan.tokens() * shape.query_width());
-        check_len("k", self.k, plan.tokens() * shape.key_width());
-        check_len("v", self.v, plan.tokens() * shape.key_width());
+        check_matrix("q", self.q, plan.tokens(), shape.query_width());
+        check_matrix("k", self.k, plan.tokens(), shape.key_width());
+        check_matrix("v", self.v, plan.tokens(), shape.key_width());
     }
 }
 
@@ -66,8 +66,8 @@ pub fn attention_forward(
 ) {
     let shape = plan.shape();
     input.check(plan);
-    check_len("out", out, plan.tokens() * shape.query_width());
-    check_len("lse", lse, plan.tokens() * shape.heads);
+    check_matrix("out", out, plan.tokens(), shape.query_width());
+    check_matrix("lse", lse, plan.tokens(), shape.heads);
     // SAFETY: both have the lengths checked.
     unsafe { attend(plan, input, SharedOut::new(out), SharedOut::new(lse)) };
 }

@@ -10,7 +10,7 @@ use gemm::Parallelism;
 use crate::attention::{AttentionInput, Rows};
 use crate::lanes::{dot, exp};
 use crate::matmul::{ProductShape, Store, f32_product};
-use crate::parallel::{SharedOut, check_len, for_each_block, with_scratch, zeros};
+use crate::parallel::{SharedOut, check_matrix, for_each_block, with_scratch, zeros};
 use crate::plan::{AttentionPlan, Family};
 
 /// What the forward pass returned.
@@ -26,9 +26,9 @@ impl AttentionSaved<'_> {
     #[track_caller]
     pub(crate) fn check(&self, plan: &AttentionPlan, dout: &[f32]) {
         let (tokens, shape) = (plan.tokens(), plan.shape());
-        check_len("saved.out", self.out, tokens * shape.query_width());
-        check_len("saved.lse", self.lse, tokens * shape.heads);
-        check_len("dout", dout, tokens * shape.query_width());
+        check_matrix("saved.out", self.out, tokens, shape.query_width());
+        check_matrix("saved.lse", self.lse, tokens, shape.heads);
+        check_matrix("dout", dout, tokens, shape.query_width());
     }
 }
 

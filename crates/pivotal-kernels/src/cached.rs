@@ -1,7 +1,7 @@
 //! Attention of one new token a sequence to a key-value cache: the step of a decoder.
 
 use crate::lanes::{add_scaled, dot, exp_shifted, maximum, sum};
-use crate::parallel::{SharedOut, check_len, for_each_block, with_scratch};
+use crate::parallel::{SharedOut, check_len, check_matrix, for_each_block, with_scratch};
 use crate::plan::AttentionShape;
 
 /// What one sequence attends to. The prefix may be shared by many sequences (samples of one prompt) or be empty.
@@ -46,8 +46,8 @@ pub fn attend_cached(
     out: &mut [f32],
 ) {
     shape.check();
-    check_len("q", q, contexts.len() * shape.query_width());
-    check_len("out", out, contexts.len() * shape.query_width());
+    check_matrix("q", q, contexts.len(), shape.query_width());
+    check_matrix("out", out, contexts.len(), shape.query_width());
     let width = shape.key_width();
     for context in contexts {
         check_len("values", context.values, context.keys.len());

@@ -17,7 +17,9 @@ use crate::matmul::{
     FEW_ROWS, Precision, ProductShape, Store, f32_product, matmul_nn, matmul_nt, matmul_tn,
     parallelism,
 };
-use crate::parallel::{SharedOut, check_len, for_each_block, rows_per_block, with_scratch, zeros};
+use crate::parallel::{
+    SharedOut, check_len, check_matrix, for_each_block, rows_per_block, with_scratch, zeros,
+};
 use crate::small;
 
 #[cfg(target_arch = "x86_64")]
@@ -165,7 +167,7 @@ impl<'a> Group<'a> {
     ) -> Self {
         for layer in layers {
             if let Some(weight) = layer.weight {
-                check_len("weight", weight, layer.outputs * inputs);
+                check_matrix("weight", weight, layer.outputs, inputs);
             }
             if let Some(bias) = layer.bias {
                 check_len("bias", bias, layer.outputs);
@@ -175,9 +177,9 @@ impl<'a> Group<'a> {
         let mut ranks = 0;
         if let Some(update) = update {
             ranks = adapted.clone().count() * update.rank;
-            check_len("a", update.a, ranks * inputs);
+            check_matrix("a", update.a, ranks, inputs);
             let outputs: usize = adapted.map(|layer| layer.outputs).sum();
-            check_len("b", update.b, outputs * update.rank);
+            check_matrix("b", update.b, outputs, update.rank);
         }
         Self {
             layers,
@@ -226,7 +228,7 @@ impl FrozenGroup<'_> {
     #[must_use]
     pub fn forward(&self, x: &[f32], rows: usize) -> FrozenOutputs {
         let group = Group::new(self.layers, rows, self.inputs, self.update);
-        check_len("x", x, rows * self.prologue.width(self.inputs));
+        check_matrix("x", x, rows, self.prologue.width(self.inputs));
         if let Prologue::Normed { weight, .. } = self.prologue {
             check_len("weight of the norm", weight, self.inputs);
         }
@@ -260,16 +262,16 @@ impl FrozenGroup<'_> {
         wanted: FrozenWanted,
     ) -> FrozenGradients {
         let group = Group::new(self.layers, rows, self.inputs, self.update);
-        check_len("dout", dout, rows * group.outputs);
+        check_matrix("dout", dout, rows, group.outputs);
         let is_plain = matches!(self.prologue, Prologue::Plain);
         if wanted.a && self.update.is_some() || wanted.x && !is_plain {
-            check_len("x", saved.x, rows * self.prologue.width(self.inputs));
+            check_matrix("x", saved.x, rows, self.prologue.width(self.inputs));
             if let Prologue::Normed { weight, .. } = self.prologue {
                 check_len("weight of the norm", weight, self.inputs);
                 check_len("rstd", saved.rstd, rows);
             }
         }
-        check_len("h", saved.h, rows * group.ranks);
+        check_matrix("h", saved.h, rows, group.ranks);
         #[cfg(target_arch = "x86_64")]
         if self.precision == Precision::Bf16 && crate::bf16::available() {
             return bf16::backward(self, &group, saved, dout, wanted);

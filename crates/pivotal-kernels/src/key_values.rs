@@ -12,7 +12,7 @@ use crate::lanes::{exp_shifted, maximum, sum};
 use crate::matmul::Precision;
 #[cfg(target_arch = "x86_64")]
 use crate::matmul::bf16_available;
-use crate::parallel::{SharedOut, check_len, for_each_block, with_scratch};
+use crate::parallel::{SharedOut, check_len, check_matrix, for_each_block, with_scratch};
 use crate::plan::AttentionShape;
 use crate::processor::{Processor, processor};
 
@@ -216,8 +216,8 @@ pub fn attend_step(
     out: &mut [f32],
 ) {
     shape.check();
-    check_len("q", q, contexts.len() * shape.query_width());
-    check_len("out", out, contexts.len() * shape.query_width());
+    check_matrix("q", q, contexts.len(), shape.query_width());
+    check_matrix("out", out, contexts.len(), shape.query_width());
     for StepContext { prefix, own } in contexts {
         prefix.check(shape);
         own.check(shape);

@@ -9,7 +9,7 @@
 
 use crate::lanes::{exp, maximum};
 use crate::matmul::{Precision, ProductShape, Store, matmul_nn, matmul_nt, matmul_tn};
-use crate::parallel::{SharedOut, check_len, for_each_block, with_scratch};
+use crate::parallel::{SharedOut, check_len, check_matrix, for_each_block, with_scratch};
 use crate::rows::exp_sum;
 
 /// Columns of a tile: with 1024 rows it takes 4 MiB and stays in the third-level cache.
@@ -187,8 +187,8 @@ pub fn token_logps_backward(
 
 #[track_caller]
 pub(crate) fn check(hidden: &[f32], head: &[f32], targets: &[u32], shape: HeadShape) {
-    check_len("hidden", hidden, targets.len() * shape.hidden);
-    check_len("head", head, shape.vocab * shape.hidden);
+    check_matrix("hidden", hidden, targets.len(), shape.hidden);
+    check_matrix("head", head, shape.vocab, shape.hidden);
     for (row, &target) in targets.iter().enumerate() {
         assert!(
             (target as usize) < shape.vocab,

@@ -2,7 +2,7 @@
 
 use gemm::Parallelism;
 
-use crate::parallel::check_len;
+use crate::parallel::{check_matrix, reaches};
 use crate::small;
 
 /// What the operands of a product are rounded to. Sums are always f32.
@@ -172,13 +172,13 @@ pub fn matmul_tn(
 
 #[track_caller]
 fn check(a: &[f32], b: &[f32], out: &[f32], shape: ProductShape) {
-    check_len("a", a, shape.m * shape.k);
-    check_len("b", b, shape.n * shape.k);
-    check_len("out", out, shape.m * shape.n);
+    check_matrix("a", a, shape.m, shape.k);
+    check_matrix("b", b, shape.n, shape.k);
+    check_matrix("out", out, shape.m, shape.n);
 }
 
 pub(crate) fn parallelism(ProductShape { m, n, k }: ProductShape) -> Parallelism {
-    if m * n * k < PARALLEL_WORK {
+    if m.saturating_mul(n).saturating_mul(k) < PARALLEL_WORK {
         Parallelism::None
     } else {
         Parallelism::Rayon(0)
@@ -228,24 +228,17 @@ pub(crate) fn f32_product(
     if m == 0 || n == 0 {
         return;
     }
-    let reach = |rows: usize, columns: usize, strides: (usize, usize)| {
-        if rows == 0 || columns == 0 {
-            0
-        } else {
-            (rows - 1) * strides.0 + (columns - 1) * strides.1 + 1
-        }
-    };
     assert!(
-        a.len() >= reach(m, k, a_strides),
+        reaches(a.len(), (m, k), a_strides),
         "`a` is shorter than its strides reach"
     );
     assert!(
-        b.len() >= reach(k, n, b_strides),
+        reaches(b.len(), (k, n), b_strides),
         "`b` is shorter than its strides reach"
     );
     assert!(out_stride >= n, "rows of `out` overlap");
     assert!(
-        out.len() >= reach(m, n, (out_stride, 1)),
+        reaches(out.len(), (m, n), (out_stride, 1)),
         "`out` is shorter than its strides reach"
     );
     let stride =
@@ -466,7 +459,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "`b` has 5 elements, expected 6")]
+    #[should_panic(expected = "`b` has 5 elements, expected 2 x 3")]
     fn a_wrong_length_panics() {
         let shape = ProductShape { m: 1, n: 2, k: 3 };
         matmul_nt(

@@ -8,7 +8,9 @@
 use rayon::prelude::*;
 
 use crate::lanes::dot;
-use crate::parallel::{SERIAL_WORK, SharedOut, check_len, for_each_block, rows_per_block};
+use crate::parallel::{
+    SERIAL_WORK, SharedOut, check_len, check_matrix, for_each_block, rows_per_block,
+};
 
 /// Rows whose part of the weight gradient is summed before the parts are: fixed, so that threads change no bit.
 const GRADIENT_ROWS: usize = 64;
@@ -23,8 +25,8 @@ const GRADIENT_ROWS: usize = 64;
 pub fn rms_norm_forward(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32], rstd: &mut [f32]) {
     let hidden = weight.len();
     let rows = rstd.len();
-    check_len("x", x, rows * hidden);
-    check_len("out", out, rows * hidden);
+    check_matrix("x", x, rows, hidden);
+    check_matrix("out", out, rows, hidden);
     let (out, rstd) = (SharedOut::new(out), SharedOut::new(rstd));
     for_each_block(rows, rows_per_block(hidden), 4 * x.len(), |block| {
         for row in block {
@@ -77,9 +79,9 @@ pub fn rms_norm_backward(
 ) {
     let hidden = weight.len();
     let rows = rstd.len();
-    check_len("x", x, rows * hidden);
-    check_len("dout", dout, rows * hidden);
-    check_len("gradients.x", gradients.x, rows * hidden);
+    check_matrix("x", x, rows, hidden);
+    check_matrix("dout", dout, rows, hidden);
+    check_matrix("gradients.x", gradients.x, rows, hidden);
     // SAFETY: the gradient has as many elements as `x`, by the check above.
     unsafe { input_gradient(x, weight, rstd, dout, SharedOut::new(gradients.x)) };
     if let Some(dweight) = gradients.weight {

@@ -2,7 +2,7 @@
 
 use crate::lasting::LastingFloats;
 use crate::matmul::{Precision, ProductShape, Store};
-use crate::parallel::check_len;
+use crate::parallel::check_matrix;
 use crate::small;
 
 /// Rows that f32 products take together: more would not stay in the second-level cache.
@@ -70,7 +70,7 @@ impl PackedWeight {
         inputs: usize,
         precision: Precision,
     ) -> Self {
-        check_len("weight", weight, outputs * inputs);
+        check_matrix("weight", weight, outputs, inputs);
         let values = match precision {
             #[cfg(target_arch = "x86_64")]
             Precision::Bf16 if crate::bf16_available() => {
@@ -163,8 +163,8 @@ impl PackedWeight {
         store: Store,
         #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))] next: Option<&Self>,
     ) {
-        check_len("x", x, rows * self.inputs);
-        check_len("out", out, rows * self.outputs);
+        check_matrix("x", x, rows, self.inputs);
+        check_matrix("out", out, rows, self.outputs);
         let (n, k) = (self.outputs, self.inputs);
         match &self.values {
             Values::F32(weight) => {

@@ -17,7 +17,7 @@ use std::arch::x86_64::{
 };
 
 use crate::bf16::available;
-use crate::parallel::{SharedOut, for_each_block, with_scratch};
+use crate::parallel::{SharedOut, for_each_block, reaches, with_scratch};
 use crate::processor::{Processor, processor};
 
 /// Rows of a left panel that AVX-512 reads.
@@ -51,7 +51,9 @@ pub(crate) fn pack_left(source: Source<'_>, words: &mut [f32]) {
 /// Words that `lines` lines of `k` elements take in panels of `W`. Left panels of 8 come in twos, packed together.
 pub(crate) fn packed_words<const W: usize>(lines: usize, k: usize) -> usize {
     let unit = W.max(GROUP);
-    lines.div_ceil(unit) * unit * padded_pairs(k)
+    let lines = lines.checked_next_multiple_of(unit);
+    let words = lines.and_then(|lines| lines.checked_mul(padded_pairs(k)));
+    words.expect("an operand has more elements than can be counted")
 }
 
 /// An operand to pack: `lines` rows of the left one or columns of the right one, `k` elements each.
@@ -70,13 +72,11 @@ impl Source<'_> {
             self.line_stride == 1 || self.k_stride == 1,
             "one stride must be 1"
         );
-        if self.lines > 0 && self.k > 0 {
-            let reach = (self.lines - 1) * self.line_stride + (self.k - 1) * self.k_stride + 1;
-            assert!(
-                self.values.len() >= reach,
-                "an operand is shorter than its strides reach"
-            );
-        }
+        let strides = (self.line_stride, self.k_stride);
+        assert!(
+            reaches(self.values.len(), (self.lines, self.k), strides),
+            "an operand is shorter than its strides reach"
+        );
     }
 }
 

@@ -271,6 +271,32 @@ pub(crate) fn with_scratch<T>(len: usize, body: impl FnOnce(&mut [f32]) -> T) ->
     result
 }
 
+/// Panics unless `slice` has `rows` times `columns` elements: more than can be counted is no slice's number.
+#[track_caller]
+pub(crate) fn check_matrix<T>(name: &str, slice: &[T], rows: usize, columns: usize) {
+    assert!(
+        rows.checked_mul(columns) == Some(slice.len()),
+        "`{name}` has {} elements, expected {rows} x {columns}",
+        slice.len()
+    );
+}
+
+/// Whether a matrix of so many rows and columns, so far apart, ends within `len` elements.
+pub(crate) fn reaches(
+    len: usize,
+    (rows, columns): (usize, usize),
+    strides: (usize, usize),
+) -> bool {
+    if rows == 0 || columns == 0 {
+        return true;
+    }
+    let last_row = (rows - 1).checked_mul(strides.0);
+    let last = (columns - 1)
+        .checked_mul(strides.1)
+        .and_then(|column| column.checked_add(last_row?));
+    last.is_some_and(|last| last < len)
+}
+
 /// Panics unless `slice` has `expected` elements.
 #[track_caller]
 pub(crate) fn check_len<T>(name: &str, slice: &[T], expected: usize) {
@@ -385,5 +411,19 @@ mod tests {
     #[should_panic(expected = "`weight` has 2 elements, expected 3")]
     fn a_wrong_length_is_named() {
         check_len("weight", &[0.0; 2], 3);
+    }
+
+    #[test]
+    #[should_panic(expected = "`weight` has 0 elements, expected 9223372036854775808 x 2")]
+    fn more_elements_than_can_be_counted_are_not_none() {
+        check_matrix("weight", &[0.0; 0], 1 << 63, 2);
+    }
+
+    #[test]
+    fn a_matrix_ends_where_its_last_element_does() {
+        assert!(reaches(0, (0, 9), (9, 1)) && reaches(0, (9, 0), (9, 1)));
+        assert!(reaches(12, (3, 2), (5, 1)) && !reaches(11, (3, 2), (5, 1)));
+        assert!(!reaches(usize::MAX, (1 << 63, 2), (2, 1)));
+        assert!(!reaches(usize::MAX, (2, 2), (usize::MAX, 1)));
     }
 }

@@ -75,6 +75,16 @@ impl AttentionShape {
             self.kv_heads,
             self.head_dim
         );
+        let heads = self
+            .kv_heads
+            .checked_mul(2)
+            .and_then(|both| both.checked_add(self.heads));
+        assert!(
+            heads
+                .and_then(|heads| heads.checked_mul(self.head_dim))
+                .is_some(),
+            "a row of {self:?} is longer than can be counted"
+        );
     }
 }
 
@@ -202,8 +212,10 @@ impl AttentionPlan {
         let mut gaps = Vec::new();
         let mut end = 0;
         for span in &spans {
+            let within =
+                |start: usize, len| start.checked_add(len).is_some_and(|end| end <= tokens);
             assert!(
-                span.own().end <= tokens && span.prefix().end <= tokens,
+                within(span.start, span.len) && within(span.prefix_start, span.prefix_len),
                 "{span:?} reaches beyond the {tokens} tokens"
             );
             assert!(span.start >= end, "{span:?} overlaps the span before it");
@@ -451,6 +463,12 @@ mod tests {
     #[should_panic(expected = "overlaps the span before it")]
     fn overlapping_spans_panic() {
         let _ = AttentionPlan::new(&[span(0, 3, 0, 0), span(2, 3, 0, 0)], 9, SHAPE);
+    }
+
+    #[test]
+    #[should_panic(expected = "reaches beyond the 1 tokens")]
+    fn a_span_whose_end_cannot_be_counted_panics() {
+        let _ = AttentionPlan::new(&[span(usize::MAX, 1, 0, 0)], 1, SHAPE);
     }
 
     #[test]

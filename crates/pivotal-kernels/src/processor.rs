@@ -49,6 +49,7 @@ fn found() -> Processor {
         {
             let avx512 = is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512bf16");
             match avx512 {
                 true if crate::amx::offered() => Processor::Amx,

@@ -1,7 +1,7 @@
 //! Rotary position embedding (Su et al. 2021, arXiv:2104.09864) in the rotate-half convention of Hugging Face's Llama:
 //! element `i` of a head is rotated with element `i + head_dim/2`.
 
-use crate::parallel::{SharedOut, check_len, for_each_block, rows_per_block, written};
+use crate::parallel::{SharedOut, check_matrix, for_each_block, rows_per_block, written};
 use crate::plan::AttentionShape;
 
 /// The cosines and sines of some tokens' positions, computed once for all layers.
@@ -125,7 +125,7 @@ impl RopeTable {
         self.joined_width(joined, shape);
         let widths = [shape.query_width(), shape.key_width(), shape.key_width()];
         for (part, width) in parts.iter().zip(widths) {
-            check_len("a part", part, self.tokens * width);
+            check_matrix("a part", part, self.tokens, width);
         }
         // SAFETY: the parts are borrowed mutably and have the lengths that were checked.
         unsafe { self.split_at(joined, shape, parts.map(SharedOut::new)) };
@@ -164,7 +164,7 @@ impl RopeTable {
     pub fn join(&self, parts: [&[f32]; 3], shape: AttentionShape) -> Vec<f32> {
         let (queries, keys) = (shape.query_width(), shape.key_width());
         for (part, width) in parts.into_iter().zip([queries, keys, keys]) {
-            check_len("a part", part, self.tokens * width);
+            check_matrix("a part", part, self.tokens, width);
         }
         let width = shape.joined_width();
         let [q, k, v] = parts;
@@ -194,7 +194,7 @@ impl RopeTable {
             shape.head_dim
         );
         let width = shape.joined_width();
-        check_len("joined", joined, self.tokens * width);
+        check_matrix("joined", joined, self.tokens, width);
         width
     }
 
@@ -221,7 +221,7 @@ impl RopeTable {
 
     fn rotate(&self, x: &mut [f32], heads: usize, direction: f32) {
         let (half, width) = (self.half, heads * self.head_dim());
-        check_len("x", x, self.tokens * width);
+        check_matrix("x", x, self.tokens, width);
         if width == 0 {
             return;
         }

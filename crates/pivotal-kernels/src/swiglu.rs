@@ -1,7 +1,7 @@
 //! The gated activation `silu(gate)·up` (Shazeer 2020, arXiv:2002.05202) and its gradient.
 
 use crate::lanes::{sigmoid, widest};
-use crate::parallel::{SharedOut, check_len, for_each_block, rows_per_block};
+use crate::parallel::{SharedOut, check_len, check_matrix, for_each_block, rows_per_block};
 
 const BLOCK: usize = 8192;
 /// An element costs about this many multiply-adds: an exponential and a division.
@@ -79,7 +79,7 @@ pub fn swiglu_backward(gate: &[f32], up: &[f32], dout: &[f32], dgate: &mut [f32]
 pub fn swiglu_joined_forward(joined: &[f32], width: usize, out: &mut [f32]) {
     check_len("joined", joined, 2 * out.len());
     let rows = out.len() / width.max(1);
-    check_len("out", out, rows * width);
+    check_matrix("out", out, rows, width);
     let target = SharedOut::new(out);
     for_each_block(rows, rows_per_block(width), COST * joined.len(), |block| {
         for row in block {
@@ -112,7 +112,7 @@ const FEW_ROWS: usize = 64;
 pub fn swiglu_interleaved_forward(joined: &[f32], width: usize, out: &mut [f32]) {
     check_len("joined", joined, 2 * out.len());
     let rows = out.len() / width.max(1);
-    check_len("out", out, rows * width);
+    check_matrix("out", out, rows, width);
     let target = SharedOut::new(out);
     let gate = |row: usize, first: usize| {
         let columns = GATE_BLOCK.min(width - first);
@@ -185,7 +185,7 @@ pub fn swiglu_joined_backward(joined: &[f32], width: usize, dout: &[f32], djoine
     check_len("joined", joined, 2 * dout.len());
     check_len("djoined", djoined, 2 * dout.len());
     let rows = dout.len() / width.max(1);
-    check_len("dout", dout, rows * width);
+    check_matrix("dout", dout, rows, width);
     // SAFETY: the gradient has as many elements as `joined`, by the checks above.
     unsafe { joined_gradient(joined, width, dout, SharedOut::new(djoined)) };
 }

@@ -13,7 +13,7 @@
 use crate::lanes::{exp, maximum, sum};
 use crate::logps::{COST, HeadShape, TASK_ROWS, Tile, for_each_tile};
 use crate::matmul::{Precision, ProductShape, Store, matmul_nn, matmul_tn};
-use crate::parallel::{SharedOut, check_len, for_each_block, with_scratch};
+use crate::parallel::{SharedOut, check_len, check_matrix, for_each_block, with_scratch};
 
 /// A model's side of [`vocabulary_kl_forward`].
 #[derive(Clone, Copy, Debug)]
@@ -260,11 +260,11 @@ fn with_both_logits(
 /// The number of rows.
 #[track_caller]
 fn check(policy: HeadInput<'_>, reference: HeadInput<'_>, shape: HeadShape) -> usize {
-    check_len("head", policy.head, shape.vocab * shape.hidden);
+    check_matrix("head", policy.head, shape.vocab, shape.hidden);
     check_len("reference_head", reference.head, policy.head.len());
     check_len("reference_hidden", reference.hidden, policy.hidden.len());
     let rows = policy.hidden.len() / shape.hidden.max(1);
-    check_len("hidden", policy.hidden, rows * shape.hidden);
+    check_matrix("hidden", policy.hidden, rows, shape.hidden);
     rows
 }
 

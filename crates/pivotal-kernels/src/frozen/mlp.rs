@@ -11,7 +11,7 @@ use super::{
     FrozenGradients, FrozenGroup, FrozenOutputs, FrozenSaved, FrozenWanted, Group, Prologue,
 };
 use crate::columns::add_into;
-use crate::parallel::check_len;
+use crate::parallel::{check_len, check_matrix};
 
 const NO_PERCEPTRON: &str = "the groups are not those of a gated perceptron";
 
@@ -96,7 +96,7 @@ impl FrozenMlp<'_> {
     #[must_use]
     pub fn forward(&self, x: &[f32], rows: usize, keep: bool) -> MlpOutputs {
         self.check();
-        check_len("x", x, rows * self.hidden());
+        check_matrix("x", x, rows, self.hidden());
         #[cfg(target_arch = "x86_64")]
         if self.in_blocks() {
             return super::mlp_blocks::forward(self, x, rows, keep);
@@ -136,8 +136,8 @@ impl FrozenMlp<'_> {
         wanted: MlpWanted,
     ) -> MlpGradients {
         self.check();
-        check_len("x", x, rows * self.hidden());
-        check_len("dout", dout, rows * self.hidden());
+        check_matrix("x", x, rows, self.hidden());
+        check_matrix("dout", dout, rows, self.hidden());
         check_len("rstd", &saved.rstd, rows);
         let joined = match &saved.joined {
             Joined::F32(joined) => joined,

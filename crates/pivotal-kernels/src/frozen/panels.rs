@@ -11,7 +11,7 @@ use super::FrozenLinear;
 use crate::lasting::LastingFloats;
 #[cfg(target_arch = "x86_64")]
 use crate::panels::{COLUMNS, Source, pack, packed_words, unpack_columns};
-use crate::parallel::{check_len, zeros};
+use crate::parallel::{check_matrix, zeros};
 
 /// A frozen weight's bf16 panels: made at first use or by [`FrozenPanels::pack`], kept as long as this value.
 ///
@@ -48,7 +48,7 @@ impl FrozenPanels {
     /// ```
     #[must_use]
     pub fn pack(weight: &[f32], outputs: usize, inputs: usize) -> Option<Self> {
-        check_len("weight", weight, outputs * inputs);
+        check_matrix("weight", weight, outputs, inputs);
         #[cfg(target_arch = "x86_64")]
         if crate::bf16::available() {
             return Some(Self::of(weight, outputs, inputs));

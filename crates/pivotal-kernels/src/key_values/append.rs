@@ -1,7 +1,7 @@
 //! The new token of each sequence on its way from the product that made it to attention.
 
 use super::KeyValues;
-use crate::parallel::{SharedOut, check_len, for_each_block, with_scratch};
+use crate::parallel::{SharedOut, check_matrix, for_each_block, with_scratch};
 use crate::plan::AttentionShape;
 use crate::rope::RopeTable;
 
@@ -27,8 +27,8 @@ pub fn append_step(
     let (queries, keys) = (shape.query_width(), shape.key_width());
     let width = rope.joined_width(joined, shape);
     let sequences = caches.len();
-    check_len("joined", joined, sequences * width);
-    check_len("q", q, sequences * queries);
+    check_matrix("joined", joined, sequences, width);
+    check_matrix("q", q, sequences, queries);
     caches.iter().for_each(|cache| cache.check(shape));
     let (q, caches) = (SharedOut::new(q), SharedCaches(caches.as_mut_ptr().cast()));
     for_each_block(sequences, 1, APPEND_COST * joined.len(), |block| {
