@@ -285,12 +285,15 @@ mod bf16 {
 mod tests {
     use super::*;
     use crate::logps::{token_logps_backward, token_logps_forward};
-    use crate::testing::{assert_close, on_each, on_threads, random, widen};
+    use crate::testing::{assert_close, assert_near, on_each, on_threads, random, widen};
 
     // Two orders of the same f32 sums; logits of size about 5.
     const F32_TOLERANCE: f64 = 1e-5;
     // The probabilities are rounded before the upstream factor here and after it there.
     const BF16_TOLERANCE: f64 = 2e-2;
+    // The whole gradient, as one vector.
+    const F32_DISTANCE: f64 = 5e-6;
+    const BF16_DISTANCE: f64 = 1e-2;
 
     fn targets(rows: usize, vocab: usize) -> Vec<u32> {
         (0..rows)
@@ -329,6 +332,7 @@ mod tests {
                 (1, 1, 1),
                 (5, 16, 959),
                 (3, 33, 960),
+                (63, 5, 959),
                 (65, 8, 961),
                 (64, 17, 3001),
                 (1, 64, 2017),
@@ -337,9 +341,9 @@ mod tests {
                 let x = random(rows * hidden, 1);
                 let head: Vec<f32> = random(vocab * hidden, 2).iter().map(|w| w * 2.0).collect();
                 let targets = targets(rows, vocab);
-                for (precision, tolerance) in [
-                    (Precision::F32, F32_TOLERANCE),
-                    (Precision::Bf16, BF16_TOLERANCE),
+                for (precision, tolerance, distance) in [
+                    (Precision::F32, F32_TOLERANCE, F32_DISTANCE),
+                    (Precision::Bf16, BF16_TOLERANCE, BF16_DISTANCE),
                 ] {
                     let (got, slopes) = compute(&x, &head, &targets, shape, precision);
                     let exact = token_logps_forward(&x, &head, &targets, shape, Precision::F32);
@@ -358,6 +362,7 @@ mod tests {
                         None,
                     );
                     assert_close("slopes", &slopes, &widen(&dx), tolerance);
+                    assert_near("slopes", &slopes, &widen(&dx), distance);
                 }
             }
         });
@@ -392,11 +397,31 @@ mod tests {
             },
         );
         let (x, head) = (random(rows * 2, 1), random(10, 2));
-        let targets = targets(rows, 5);
-        let (got, _) = compute(&x, &head, &targets, shape, Precision::F32);
-        let expected = token_logps_forward(&x, &head, &targets, shape, Precision::F32);
-        assert_close("logps", &got.logps, &widen(&expected.logps), F32_TOLERANCE);
-        assert_close("lse", &got.lse, &widen(&expected.lse), F32_TOLERANCE);
+        let (targets, ones) = (targets(rows, 5), vec![1.0; rows]);
+        let exact = token_logps_forward(&x, &head, &targets, shape, Precision::F32);
+        let mut dx = vec![f32::NAN; x.len()];
+        token_logps_backward(
+            &x,
+            &head,
+            &targets,
+            &exact.lse,
+            &ones,
+            shape,
+            Precision::F32,
+            &mut dx,
+            None,
+        );
+        on_each(|| {
+            for (precision, tolerance, distance) in [
+                (Precision::F32, F32_TOLERANCE, F32_DISTANCE),
+                (Precision::Bf16, BF16_TOLERANCE, BF16_DISTANCE),
+            ] {
+                let (got, slopes) = compute(&x, &head, &targets, shape, precision);
+                assert_close("logps", &got.logps, &widen(&exact.logps), tolerance);
+                assert_close("lse", &got.lse, &widen(&exact.lse), tolerance);
+                assert_near("slopes", &slopes, &widen(&dx), distance);
+            }
+        });
     }
 
     #[test]

@@ -203,7 +203,18 @@ mod tests {
 
     #[test]
     fn value_and_gradients_agree_with_f64() {
-        for (rows, hidden) in [(0, 8), (1, 1), (3, 7), (2, 64), (65, 5), (1, 65), (130, 3)] {
+        for (rows, hidden) in [
+            (0, 8),
+            (1, 1),
+            (3, 7),
+            (2, 63),
+            (2, 64),
+            (63, 4),
+            (64, 3),
+            (65, 5),
+            (1, 65),
+            (130, 3),
+        ] {
             let (x, weight, dout) = (
                 random(rows * hidden, 1),
                 random(hidden, 2),

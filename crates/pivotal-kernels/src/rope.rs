@@ -282,7 +282,14 @@ mod tests {
 
     #[test]
     fn agrees_with_the_rotate_half_formula() {
-        for (tokens, heads, half) in [(0, 1, 4), (1, 1, 1), (65, 3, 4), (7, 2, 32)] {
+        for (tokens, heads, half) in [
+            (0, 1, 4),
+            (1, 1, 1),
+            (63, 8, 2),
+            (64, 1, 4),
+            (65, 3, 4),
+            (7, 2, 32),
+        ] {
             let frequencies = frequencies(half);
             let positions: Vec<usize> = (0..tokens).map(|t| t * 37 % 101).collect();
             for scale in [1.0, 1.25] {
@@ -330,30 +337,43 @@ mod tests {
 
     #[test]
     fn split_and_join_are_the_steps_one_by_one() {
-        let shape = AttentionShape {
-            heads: 3,
-            kv_heads: 1,
-            head_dim: 6,
-        };
-        let table = RopeTable::new(&[1.0, 0.1, 0.01], &[0, 7, 3, 2], 1.0);
-        let joined = crate::testing::random(4 * 30, 3);
-        let [mut q, mut k, mut v] = [vec![0.0; 4 * 18], vec![0.0; 4 * 6], vec![0.0; 4 * 6]];
-        crate::testing::split_columns(&joined, 4, &mut [&mut q, &mut k, &mut v]);
-        table.apply(&mut q, 3);
-        table.apply(&mut k, 1);
-        assert_eq!(
-            table.split(&joined, shape),
-            [q.clone(), k.clone(), v.clone()]
-        );
-        let mut parts = [vec![7.0; q.len()], vec![7.0; k.len()], vec![7.0; v.len()]];
+        let frequencies = [1.0, 0.1, 0.01];
+        for (heads, kv_heads) in [(1, 1), (3, 3), (3, 1), (8, 1)] {
+            let shape = AttentionShape {
+                heads,
+                kv_heads,
+                head_dim: 6,
+            };
+            for tokens in [0, 1, 4, 63, 64, 65, 500] {
+                let positions: Vec<usize> = (0..tokens).map(|t| t * 37 % 101).collect();
+                let table = RopeTable::new(&frequencies, &positions, 1.0);
+                for threads in [1, 2] {
+                    on_threads(threads, || splits_and_joins(&table, tokens, shape));
+                }
+            }
+        }
+    }
+
+    fn splits_and_joins(table: &RopeTable, tokens: usize, shape: AttentionShape) {
+        let (queries, keys) = (shape.query_width(), shape.key_width());
+        let joined = random(tokens * shape.joined_width(), 3);
+        let [mut q, mut k, mut v] = [queries, keys, keys].map(|width| vec![0.0; tokens * width]);
+        crate::testing::split_columns(&joined, tokens, &mut [&mut q, &mut k, &mut v]);
+        table.apply(&mut q, shape.heads);
+        table.apply(&mut k, shape.kv_heads);
+        let steps = [q, k, v];
+        assert!(table.split(&joined, shape) == steps);
+        let mut parts = steps.clone().map(|part| vec![7.0; part.len()]);
         let [a, b, c] = &mut parts;
         table.split_into(&joined, shape, [a, b, c]);
-        assert_eq!(parts, [q.clone(), k.clone(), v.clone()]);
+        assert!(parts == steps);
+        let [mut q, mut k, v] = steps;
         let gradient = table.join([&q, &k, &v], shape);
-        table.apply_transpose(&mut q, 3);
-        table.apply_transpose(&mut k, 1);
-        for (row, gradient) in gradient.chunks_exact(30).enumerate() {
-            let parts = [&q[18 * row..][..18], &k[6 * row..][..6], &v[6 * row..][..6]];
+        table.apply_transpose(&mut q, shape.heads);
+        table.apply_transpose(&mut k, shape.kv_heads);
+        for (row, gradient) in gradient.chunks_exact(shape.joined_width()).enumerate() {
+            let key = row * keys..(row + 1) * keys;
+            let parts = [&q[row * queries..][..queries], &k[key.clone()], &v[key]];
             assert_eq!(gradient, parts.concat());
         }
     }

@@ -81,7 +81,7 @@ mod tests {
 
     #[test]
     fn log_sum_exp_agrees_with_f64() {
-        for len in [1, 2, 15, 16, 17, 1000] {
+        for len in [1, 2, 15, 16, 17, 63, 64, 65, 1000] {
             let row: Vec<f32> = random(len, 1).iter().map(|x| x * 30.0).collect();
             let expected = row.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln();
             assert!((f64::from(log_sum_exp(&row)) - expected).abs() < 1e-5);
@@ -101,6 +101,11 @@ mod tests {
         assert_eq!(argmax(&[f32::NEG_INFINITY]), Some(0));
         assert_eq!(argmax(&[f32::NAN; 300]), None);
         assert_eq!(argmax(&[f32::NAN, f32::NEG_INFINITY]), Some(1));
+        for len in [1, 63, 64, 65] {
+            let mut row = vec![-1.0; len];
+            row[len - 1] = 2.0;
+            assert_eq!(argmax(&row), Some(len - 1));
+        }
         let mut long = [0.0; 1000];
         (long[700], long[701]) = (1.0, 1.0);
         assert_eq!(argmax(&long), Some(700));

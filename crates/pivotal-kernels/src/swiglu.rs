@@ -262,7 +262,15 @@ mod tests {
     #[test]
     fn interleaved_rows_are_the_same_gates_and_ups() {
         on_each(|| {
-            for (rows, width) in [(0, 5), (1, 1), (3, 47), (16, 48), (64, 100), (65, 145)] {
+            for (rows, width) in [
+                (0, 5),
+                (1, 1),
+                (3, 47),
+                (16, 48),
+                (63, 96),
+                (64, 100),
+                (65, 145),
+            ] {
                 let (gate, up) = (random(rows * width, 1), random(rows * width, 2));
                 let mut expected = vec![0.0; rows * width];
                 swiglu_forward(&gate, &up, &mut expected);
@@ -309,7 +317,7 @@ mod tests {
 
     #[test]
     fn joined_rows_are_the_two_apart() {
-        for (rows, width) in [(0, 3), (1, 1), (5, 63), (64, 65)] {
+        for (rows, width) in [(0, 3), (1, 1), (5, 63), (63, 64), (64, 65), (65, 2)] {
             let joined: Vec<f32> = random(2 * rows * width, 1)
                 .iter()
                 .map(|x| x * 8.0)

@@ -116,6 +116,22 @@ pub(crate) fn assert_close(what: &str, got: &[f32], expected: &[f64], tolerance:
     }
 }
 
+/// Panics unless `got` is at most `tolerance` of the length of `expected` away from it, both as one vector: unlike
+/// [`assert_close`], which bounds each element by the largest, this sees a small error that all elements share. Vectors shorter
+/// than 1 are let pass, for most such gradients are 0 but for rounding.
+#[track_caller]
+pub(crate) fn assert_near(what: &str, got: &[f32], expected: &[f64], tolerance: f64) {
+    assert_eq!(got.len(), expected.len(), "{what}: lengths differ");
+    let pairs = got.iter().zip(expected);
+    let squares = pairs.map(|(&got, &expected)| (f64::from(got) - expected).powi(2));
+    let distance = squares.sum::<f64>().sqrt();
+    let length = expected.iter().map(|x| x * x).sum::<f64>().sqrt();
+    assert!(
+        length < 1.0 || distance <= tolerance * length,
+        "{what}: {distance:e} away from a vector of length {length:e}"
+    );
+}
+
 /// Runs `body` in a rayon pool of its own.
 pub(crate) fn on_threads<T: Send>(threads: usize, body: impl FnOnce() -> T + Send) -> T {
     let forced = FORCED.get();

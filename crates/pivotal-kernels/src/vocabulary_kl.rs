@@ -271,12 +271,15 @@ fn check(policy: HeadInput<'_>, reference: HeadInput<'_>, shape: HeadShape) -> u
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{assert_close, on_threads, random};
+    use crate::testing::{assert_close, assert_near, on_each, on_threads, random};
 
     // f32 logits of size about 5, summed over up to 3000 tokens.
     const F32_TOLERANCE: f64 = 5e-6;
     // Logits are sums of bf16 products: each term off by 2^-8 of itself.
     const BF16_TOLERANCE: f64 = 2e-2;
+    // The whole gradient, as one vector: a difference of two probabilities, each off by its own logits' rounding.
+    const F32_DISTANCE: f64 = 5e-6;
+    const BF16_DISTANCE: f64 = 2e-2;
 
     struct Sides {
         hidden: Vec<f32>,
@@ -297,7 +300,12 @@ mod tests {
                 head: head(2),
                 reference_hidden: random(rows * shape.hidden, 3),
                 reference_head: head(4),
-                dkl: random(rows, 5),
+                // Every third of which a mask drops.
+                dkl: random(rows, 5)
+                    .into_iter()
+                    .enumerate()
+                    .map(|(row, slope)| if row % 3 == 2 { 0.0 } else { slope })
+                    .collect(),
             }
         }
 
@@ -376,27 +384,37 @@ mod tests {
 
     #[test]
     fn values_and_gradients_agree_with_f64() {
-        for (rows, hidden, vocab) in [
-            (0, 4, 9),
-            (1, 1, 1),
-            (5, 16, 1023),
-            (3, 33, 1024),
-            (65, 8, 1025),
-            (64, 17, 3000),
-            (2051, 2, 5),
-        ] {
-            let shape = HeadShape { hidden, vocab };
-            let sides = Sides::new(rows, shape);
-            let expected = naive(&sides, hidden);
-            for (precision, tolerance) in [
-                (Precision::F32, F32_TOLERANCE),
-                (Precision::Bf16, BF16_TOLERANCE),
+        on_each(|| {
+            for (rows, hidden, vocab) in [
+                (0, 4, 9),
+                (1, 1, 1),
+                (5, 16, 1023),
+                (3, 33, 1024),
+                (63, 5, 1023),
+                (65, 8, 1025),
+                (64, 17, 3000),
+                (2051, 2, 5),
             ] {
-                let (saved, dhidden, dhead) = sides.run(shape, precision);
-                assert_close("kl", &saved.kl, &expected[0], tolerance);
-                assert_close("dhidden", &dhidden, &expected[1], tolerance);
-                assert_close("dhead", &dhead, &expected[2], tolerance);
-                let mut frozen = vec![f32::NAN; sides.hidden.len()];
+                agrees_with_f64(rows, HeadShape { hidden, vocab });
+            }
+        });
+    }
+
+    fn agrees_with_f64(rows: usize, shape: HeadShape) {
+        let sides = Sides::new(rows, shape);
+        let [kl, dhidden, dhead] = naive(&sides, shape.hidden);
+        let without_start: Vec<f64> = dhead.iter().map(|d| d - 1.0).collect();
+        for (precision, tolerance, distance) in [
+            (Precision::F32, F32_TOLERANCE, F32_DISTANCE),
+            (Precision::Bf16, BF16_TOLERANCE, BF16_DISTANCE),
+        ] {
+            let (saved, got_hidden, got_head) = sides.run(shape, precision);
+            assert_close("kl", &saved.kl, &kl, tolerance);
+            assert_close("dhidden", &got_hidden, &dhidden, tolerance);
+            assert_near("dhidden", &got_hidden, &dhidden, distance);
+            assert_close("dhead", &got_head, &dhead, tolerance);
+            let backward = |dhead: Option<&mut [f32]>| {
+                let mut dhidden = vec![f32::NAN; sides.hidden.len()];
                 let (policy, reference) = (sides.policy(), sides.reference());
                 vocabulary_kl_backward(
                     policy,
@@ -405,11 +423,15 @@ mod tests {
                     &sides.dkl,
                     shape,
                     precision,
-                    &mut frozen,
-                    None,
+                    &mut dhidden,
+                    dhead,
                 );
-                assert_eq!(frozen, dhidden);
-            }
+                dhidden
+            };
+            let mut alone = vec![0.0; sides.head.len()];
+            assert_eq!(backward(Some(&mut alone)), got_hidden);
+            assert_near("dhead", &alone, &without_start, distance);
+            assert_eq!(backward(None), got_hidden);
         }
     }
 

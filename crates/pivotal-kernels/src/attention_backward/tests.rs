@@ -5,9 +5,10 @@ use crate::attention::{attention, attention_forward};
 use crate::matmul::Precision;
 use crate::plan::{AttentionShape, Span};
 use crate::processor::Processor;
-use crate::testing::{assert_close, on, on_threads, random, widen};
+use crate::testing::{assert_close, assert_near, on, on_threads, random, widen};
 
-/// How to compute, and how far value, log-sum-exp and gradient may be off (of the largest element, at least 1).
+/// How to compute, how far value, log-sum-exp and gradient may be off (of the largest element, at least 1), and how far a
+/// whole gradient (of its length).
 struct Path {
     name: &'static str,
     precision: Precision,
@@ -15,6 +16,7 @@ struct Path {
     value: f64,
     lse: f64,
     gradient: f64,
+    distance: f64,
 }
 
 // f32: softmax over up to 200 keys. bf16: an operand is off by up to 2^-9 of itself, so a score of 10 by 0.02 and its
@@ -25,15 +27,15 @@ const PATHS: [Path; 4] = [
     Path::new("bf16", Precision::Bf16, Processor::Avx512, BF16),
     Path::new("bf16 in tiles", Precision::Bf16, Processor::Amx, BF16),
 ];
-const F32: [f64; 3] = [2e-6, 1e-5, 1e-5];
-const BF16: [f64; 3] = [0.015, 0.03, 0.03];
+const F32: [f64; 4] = [2e-6, 1e-5, 1e-5, 1e-5];
+const BF16: [f64; 4] = [0.015, 0.03, 0.03, 0.03];
 
 impl Path {
     const fn new(
         name: &'static str,
         precision: Precision,
         most: Processor,
-        [value, lse, gradient]: [f64; 3],
+        [value, lse, gradient, distance]: [f64; 4],
     ) -> Self {
         Self {
             name,
@@ -42,6 +44,7 @@ impl Path {
             value,
             lse,
             gradient,
+            distance,
         }
     }
 }
@@ -181,6 +184,7 @@ fn compare(spans: &[Span], tokens: usize, shape: AttentionShape) {
             ("dv", &got.dv, &expected.dv, path.gradient),
         ] {
             assert_close(&format!("{name} of {what}"), got, expected, tolerance);
+            assert_near(&format!("{name} of {what}"), got, expected, path.distance);
         }
     }
 }

@@ -205,13 +205,22 @@ fn neither_company_nor_threads_change(precision: Precision) {
 
 #[test]
 fn appending_is_the_steps_one_by_one() {
-    let shape = AttentionShape {
-        heads: 9,
-        kv_heads: 3,
-        head_dim: 64,
-    };
+    on_each(|| {
+        for (heads, kv_heads, head_dim) in [(1, 1, 6), (3, 3, 8), (9, 3, 64), (8, 1, 18)] {
+            appends(AttentionShape {
+                heads,
+                kv_heads,
+                head_dim,
+            });
+        }
+    });
+}
+
+fn appends(shape: AttentionShape) {
     let (queries, width) = (shape.query_width(), shape.key_width());
-    let frequencies: Vec<f32> = (0..32).map(|i| 0.7f32.powi(i)).collect();
+    let frequencies: Vec<f32> = (0..shape.head_dim / 2)
+        .map(|i| 0.7f32.powi(i as i32))
+        .collect();
     for precision in [Precision::F32, Precision::Bf16] {
         for sequences in [0, 1, 17] {
             let positions: Vec<usize> = (0..sequences).map(|at| 7 * at).collect();
