@@ -5,5 +5,5 @@ set -eu
 cd "$(dirname "$0")/.."
 for processor in portable avx512 amx; do
     echo "=== $processor"
-    PIVOTAL_TEST_PROCESSOR=$processor cargo test --release -p pivotal-kernels --lib -- "$@"
+    PIVOTAL_PROCESSOR=$processor cargo test --release -p pivotal-kernels --lib -- "$@"
 done

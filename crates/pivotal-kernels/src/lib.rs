@@ -92,7 +92,7 @@ pub use norm::{RmsNormGradients, rms_norm_backward, rms_norm_forward};
 pub use packed::PackedWeight;
 pub use parallel::{EvenBlocks, for_each_item, with_scratch_parts, zeros};
 pub use plan::{AttentionPlan, AttentionShape, Span};
-pub use processor::{Processor, limit_processor, processor};
+pub use processor::{Processor, allowed_processor, limit_processor, processor};
 pub use rope::RopeTable;
 pub use rope_attention::{RotatedRows, rope_attention, rope_attention_backward};
 pub use rounded::RoundedFloats;

@@ -15,7 +15,11 @@ pub enum Processor {
 
 static CHOSEN: OnceLock<Processor> = OnceLock::new();
 
-/// What the kernels use here: the most that this processor and its system offer, unless [`limit_processor`] said less.
+/// What the kernels use here: the most that this processor and its system offer, unless [`limit_processor`] or
+/// [`allowed_processor`] says less.
+///
+/// # Panics
+/// Where [`allowed_processor`] has an error, by the first call.
 #[must_use]
 pub fn processor() -> Processor {
     #[cfg(test)]
@@ -42,24 +46,49 @@ pub fn limit_processor(most: Processor) -> Result<Processor, Processor> {
     }
 }
 
+/// The most that the environment's `PIVOTAL_PROCESSOR` (`portable`, `avx512`, `amx`) lets the kernels use; `Amx`, which is all
+/// there is, where it is not set. A result is the same bit for bit on one path alone, so this is how one processor repeats
+/// what another did.
+///
+/// # Errors
+/// Its value, if that is another.
+pub fn allowed_processor() -> Result<Processor, String> {
+    match std::env::var("PIVOTAL_PROCESSOR") {
+        Err(std::env::VarError::NotPresent) => Ok(Processor::Amx),
+        Err(std::env::VarError::NotUnicode(value)) => Err(value.to_string_lossy().into_owned()),
+        Ok(value) => match value.as_str() {
+            "portable" => Ok(Processor::Portable),
+            "avx512" => Ok(Processor::Avx512),
+            "amx" => Ok(Processor::Amx),
+            _ => Err(value),
+        },
+    }
+}
+
 fn found() -> Processor {
     static FOUND: OnceLock<Processor> = OnceLock::new();
     *FOUND.get_or_init(|| {
-        #[cfg(target_arch = "x86_64")]
-        {
-            let avx512 = is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512vl")
-                && is_x86_feature_detected!("avx512bf16");
-            match avx512 {
-                true if crate::amx::offered() => Processor::Amx,
-                true => Processor::Avx512,
-                false => Processor::Portable,
-            }
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        Processor::Portable
+        let allowed = allowed_processor();
+        let allowed = allowed.unwrap_or_else(|value| panic!("`PIVOTAL_PROCESSOR` is `{value}`"));
+        offered().min(allowed)
     })
+}
+
+fn offered() -> Processor {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let avx512 = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512bf16");
+        match avx512 {
+            true if crate::amx::offered() => Processor::Amx,
+            true => Processor::Avx512,
+            false => Processor::Portable,
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    Processor::Portable
 }
 
 #[cfg(test)]
@@ -70,13 +99,11 @@ mod tests {
     fn the_first_choice_stays() {
         let chosen = processor();
         assert!(chosen <= found());
-        if crate::testing::forced_processor().is_none() {
-            assert_eq!(limit_processor(chosen), Ok(chosen));
-            for other in [Processor::Portable, Processor::Avx512] {
-                let answer = limit_processor(other);
-                assert_eq!(answer.is_ok(), other == chosen);
-                assert_eq!(answer.unwrap_or_else(|settled| settled), chosen);
-            }
+        assert_eq!(limit_processor(chosen), Ok(chosen));
+        for other in [Processor::Portable, Processor::Avx512] {
+            let answer = limit_processor(other);
+            assert_eq!(answer.is_ok(), found().min(other) == chosen);
+            assert_eq!(answer.unwrap_or_else(|settled| settled), chosen);
         }
     }
 }

@@ -1,7 +1,6 @@
 //! What the tests of several kernels share: seeded numbers, a naive product, comparison, thread pools.
 
 use std::cell::Cell;
-use std::sync::LazyLock;
 
 use crate::matmul::{ProductShape, Store};
 use crate::processor::{Processor, processor};
@@ -10,23 +9,9 @@ thread_local! {
     static FORCED: Cell<Option<Processor>> = const { Cell::new(None) };
 }
 
-/// The most that this thread is inside [`on`] for, and no more than the environment's `PIVOTAL_TEST_PROCESSOR` (`portable`, `avx512`,
-/// `amx`) says for all tests.
+/// The most that this thread is inside [`on`] for.
 pub(crate) fn forced_processor() -> Option<Processor> {
-    static ALL: LazyLock<Option<Processor>> =
-        LazyLock::new(
-            || match std::env::var("PIVOTAL_TEST_PROCESSOR").ok()?.as_str() {
-                "portable" => Some(Processor::Portable),
-                "avx512" => Some(Processor::Avx512),
-                "amx" => Some(Processor::Amx),
-                other => panic!("PIVOTAL_TEST_PROCESSOR is `{other}`"),
-            },
-        );
-    // The second holds for every thread of the pool, so no test may go beyond it on its own.
-    match (FORCED.get(), *ALL) {
-        (Some(forced), Some(all)) => Some(forced.min(all)),
-        (forced, all) => forced.or(all),
-    }
+    FORCED.get()
 }
 
 /// Runs `body` as on a processor with no more than `most`. Kernels choose their path where they are called, or plans where they
