@@ -143,7 +143,7 @@ macro_rules! credit_config {
 }
 
 credit_config! {
-    /// The token signal: level, increment, log_ratio, critic, advantage or external.
+    /// The token signal: level, increment, log_ratio, critic (ppo), advantage (grpo, ppo) or external (the data's columns).
     signal: Signal = Signal::LogRatio, "credit-signal";
     /// How many tokens late the signal reacts; it is moved back by as many.
     signal_delay: usize = 0, "credit-signal-delay";
@@ -169,7 +169,8 @@ credit_config! {
     offset_std: Option<f32> = None, "credit-offset-std";
     /// The same, times the median absolute deviation of the batch's signal.
     offset_mad: Option<f32> = None, "credit-offset-mad";
-    /// Where segments begin: sequence, token, fixed, punctuation, jump, schmitt, entropy, improbable or external.
+    /// Where segments begin: sequence, token, fixed, punctuation, jump, schmitt, improbable (sampled responses only), external
+    /// (cuts in the data) or entropy (of the library: no recipe computes it).
     cut: CutRule = CutRule::Schmitt, "credit-cut";
     /// With schmitt: what happens between the thresholds, hysteresis or dead_zone (hysteresis).
     between: Option<Between> = None, "credit-between";
@@ -195,13 +196,14 @@ credit_config! {
     score: Score = Score::Mean, "credit-score";
     /// The sign that segments are compared with: response (its label or score) or advantage (each token's own).
     sequence_sign: SequenceSign = SequenceSign::Response, "credit-sequence-sign";
-    /// Which tokens are kept: agree, all, disagree, random, random_position, truth, quota, excess_loss or entropy_top.
+    /// Which tokens are kept: agree, all, disagree, random, random_position, quota, truth (records with labels), excess_loss
+    /// (sampled responses only) or entropy_top (of the library: no recipe computes it).
     selection: Selection = Selection::Agree, "credit-selection";
     /// With quota (30), excess_loss (60) and entropy_top (20): how many percent of the tokens are kept.
     selection_percent: Option<f64> = None, "credit-selection-percent";
     /// What becomes of neutral segments: drop or keep.
     neutral: Neutral = Neutral::Drop, "credit-neutral";
-    /// How kept tokens count: hard or soft.
+    /// How kept tokens count: hard, or soft (of the library: the recipes take masks).
     weighting: Weighting = Weighting::Hard, "credit-weighting";
     /// With random: the fraction to keep, in place of the one agree would.
     random_fraction: Option<f64> = None, "credit-random-fraction";

@@ -51,7 +51,7 @@ overlay! {
 pub enum Precision {
     /// 32-bit operands.
     F32,
-    /// bfloat16 operands with 32-bit sums, where the processor has them; weights and gradients stay 32-bit.
+    /// bfloat16 operands with 32-bit sums, where the processor has them; trained weights, gradients and moments stay 32-bit.
     #[default]
     Bf16,
 }

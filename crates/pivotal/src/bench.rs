@@ -64,7 +64,7 @@ pub(crate) struct Settings {
     /// Rank of the adapter on every linear layer; 0 trains every parameter.
     #[arg(long, default_value_t = 16)]
     lora_rank: usize,
-    /// Response tokens that the loss uses: all, or a fraction of each response, drawn at random.
+    /// Response tokens that the loss uses: all, or a fraction of each response, in segments of 10 tokens drawn at random.
     #[arg(long, default_value = "all")]
     keep: Keep,
     /// Activations kept for the backward pass: keep, recompute, or a size such as 512MiB.

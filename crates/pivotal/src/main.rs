@@ -68,7 +68,7 @@ enum Command {
     Logps(logps::Logps),
     /// Measure steps, scoring, sampling and credit on this machine, beside its matrix products.
     Bench(bench::Settings),
-    /// How the embedded world's start policy and settings were made.
+    /// The study of every trainer in the embedded world, and how that world's start policy and settings were made.
     Lab(lab::Lab),
 }
 
