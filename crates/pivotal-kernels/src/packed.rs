@@ -213,6 +213,7 @@ impl PackedWeight {
 mod tests {
     use super::*;
     use crate::matmul::matmul_nt;
+    use crate::team::with_team;
     use crate::testing::{
         assert_close, naive_product, on_each, on_each_vector, on_threads, random,
     };
@@ -276,6 +277,39 @@ mod tests {
                 assert_eq!(all, on_threads(2, || run(&x)));
                 for (row, expected) in x.chunks(inputs).zip(all.chunks(outputs)) {
                     assert_eq!(run(row), expected);
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn a_team_and_a_weight_that_follows_change_no_bit() {
+        on_each(|| {
+            // Each product is large enough to be shared.
+            let (outputs, inputs) = (700, 640);
+            let (weight, next) = (random(outputs * inputs, 1), random(inputs * outputs, 2));
+            for precision in [Precision::F32, Precision::Bf16] {
+                let first = PackedWeight::new(&weight, outputs, inputs, precision);
+                let second = PackedWeight::replaceable(&next, inputs, outputs, precision);
+                for rows in [1, 16, 63, 64, 65] {
+                    let x = random(rows * inputs, 3);
+                    let plain = || {
+                        let (mut hidden, mut out) = (vec![f32::NAN; rows * outputs], x.clone());
+                        first.forward(&x, rows, &mut hidden);
+                        second.forward_add(&hidden, rows, &mut out);
+                        out
+                    };
+                    let followed = || {
+                        let (mut hidden, mut out) = (vec![f32::NAN; rows * outputs], x.clone());
+                        first.forward_before(&second, &x, rows, &mut hidden);
+                        second.forward_add(&hidden, rows, &mut out);
+                        out
+                    };
+                    let alone = on_threads(1, plain);
+                    for threads in [1, 2, 3] {
+                        assert!(on_threads(threads, followed) == alone);
+                        assert!(on_threads(threads, || with_team(followed)) == alone);
+                    }
                 }
             }
         });

@@ -224,6 +224,7 @@ pub(crate) unsafe fn joined_gradient(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::team::with_team;
     use crate::testing::{assert_close, on_each, on_threads, random};
 
     // A few roundings each.
@@ -281,11 +282,13 @@ mod tests {
                     }
                 }
                 for threads in [1, 2] {
-                    let mut out = vec![f32::NAN; rows * width];
-                    on_threads(threads, || {
+                    let run = || {
+                        let mut out = vec![f32::NAN; rows * width];
                         swiglu_interleaved_forward(&joined, width, &mut out);
-                    });
-                    assert_eq!(out, expected);
+                        out
+                    };
+                    assert!(on_threads(threads, run) == expected);
+                    assert!(on_threads(threads, || with_team(run)) == expected);
                 }
             }
         });

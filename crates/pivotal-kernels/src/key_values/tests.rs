@@ -4,6 +4,7 @@ use super::laid::Bf16;
 use super::*;
 use crate::cached::{CachedContext, attend_cached};
 use crate::rope::RopeTable;
+use crate::team::with_team;
 use crate::testing::{assert_close, on_each, on_each_vector, on_threads, random, widen};
 
 // Two f32 softmaxes over up to 150 keys, summed in different orders.
@@ -197,6 +198,7 @@ fn neither_company_nor_threads_change(precision: Precision) {
     };
     let all = on_threads(1, || run(&q, &contexts));
     assert_eq!(all, on_threads(2, || run(&q, &contexts)));
+    assert_eq!(all, on_threads(2, || with_team(|| run(&q, &contexts))));
     for (at, context) in contexts.iter().enumerate() {
         let row = at * shape.query_width()..(at + 1) * shape.query_width();
         assert_eq!(run(&q[row.clone()], &[*context]), all[row]);
