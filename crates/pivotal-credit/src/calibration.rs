@@ -10,7 +10,7 @@ pub struct Calibration {
 }
 
 /// The threshold of highest balanced accuracy (Youden 1950), the lowest of those equally good; `None` where one side has no
-/// token. The largest value, which nothing is above, where no threshold separates at all.
+/// token. Where none separates at all, that is just below every value.
 ///
 /// # Examples
 /// ```
@@ -33,7 +33,7 @@ pub fn calibrate(chosen: &[f32], rejected: &[f32]) -> Option<Calibration> {
     let mut above = of_chosen;
     let mut below = 0_u128;
     // Hits as a whole number over 2 · chosen · rejected, so that ties are ties.
-    let mut best = (of_chosen * of_rejected, all[all.len() - 1].0);
+    let mut best = (of_chosen * of_rejected, all[0].0.next_down().max(f32::MIN));
     for pair in all.windows(2) {
         let [(low, is_chosen), (high, _)] = [pair[0], pair[1]];
         if is_chosen {
