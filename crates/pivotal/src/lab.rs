@@ -12,7 +12,7 @@ use pivotal_lab::{
 
 use crate::failure::Failure;
 use crate::machine;
-use crate::output::print_line;
+use crate::output::{print_line, tell};
 use crate::studies;
 
 /// `pivotal lab`.
@@ -87,7 +87,7 @@ impl Lab {
             LabCommand::Grid { seeds } => {
                 let threads = machine::threads(threads);
                 let settings = GridSettings { seeds, threads };
-                let result = grid(&settings, &mut |line| eprintln!("{line}"))?;
+                let result = grid(&settings, &mut tell)?;
                 print_line(&format!(
                     "start policy: {:.3}\n\n{}",
                     result.start,
@@ -117,7 +117,7 @@ impl Lab {
                     trainers: trainers.into_iter().map(Trainer::from).collect(),
                     threads: machine::threads(threads),
                 };
-                let result = trainers_grid(&settings, &mut |line| eprintln!("{line}"))?;
+                let result = trainers_grid(&settings, &mut tell)?;
                 let table = result.to_markdown();
                 print_line(&format!("start policy: {:.3}\n\n{table}", result.start))
             }
@@ -136,7 +136,7 @@ fn make_start_policy(out: Option<PathBuf>) -> Result<(), Failure> {
     let steps = settings.steps;
     let policy = start_policy::train(&settings, None, &mut |step, metrics| {
         if step % 100 == 0 || step == steps {
-            eprintln!("step {step} of {steps}: loss {:.4}", metrics.loss);
+            tell(&format!("step {step} of {steps}: loss {:.4}", metrics.loss));
         }
     })?;
     let bytes = start_policy::to_bytes(&policy)?;

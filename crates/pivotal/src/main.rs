@@ -2,9 +2,6 @@
 //!
 //! Exit codes: 0 done, 1 the system's fault, 2 the input's, 3 the run diverged.
 
-// Printing is what this crate is for.
-#![allow(clippy::print_stdout, clippy::print_stderr)]
-
 #[expect(unsafe_code, reason = "a global allocator cannot be written without")]
 mod allocator;
 mod bench;
@@ -77,7 +74,7 @@ fn main() -> ExitCode {
     match run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("error: {failure}");
+            output::tell(&format!("error: {failure}"));
             ExitCode::from(failure.kind.exit_code())
         }
     }

@@ -1,4 +1,4 @@
-//! Standard output, where the reader may have gone.
+//! Standard output and standard error, where the reader may have gone.
 
 use std::io::{ErrorKind, Write};
 
@@ -18,4 +18,12 @@ pub(crate) fn print(bytes: &[u8]) -> Result<(), Failure> {
 /// [`print()`], with an end of line.
 pub(crate) fn print_line(text: &str) -> Result<(), Failure> {
     print(format!("{text}\n").as_bytes())
+}
+
+/// Writes a line to standard error. What cannot be said there, to a reader that has gone or a device that is full, is left
+/// unsaid: the work and its exit code do not depend on it.
+pub(crate) fn tell(text: &str) {
+    let _ = std::io::stderr()
+        .lock()
+        .write_all(format!("{text}\n").as_bytes());
 }

@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::failure::Failure;
-use crate::output::{print, print_line};
+use crate::output::{print, print_line, tell};
 
 /// What every recipe takes besides its own flags.
 #[derive(Args)]
@@ -178,7 +178,7 @@ fn say_ppo(summary: &pivotal_train::ppo::Summary) -> Result<(), Failure> {
 
 fn warn(warnings: &[String]) {
     for warning in warnings {
-        eprintln!("warning: {warning}");
+        tell(&format!("warning: {warning}"));
     }
 }
 

@@ -8,7 +8,7 @@ use pivotal_report::{Colour, Report, Study};
 
 use crate::failure::Failure;
 use crate::machine;
-use crate::output::print_line;
+use crate::output::{print_line, tell};
 
 /// Refuses a directory that exists, unless its reports may be replaced.
 pub(crate) fn check_out(out: &Path, overwrite: bool) -> Result<(), Failure> {
@@ -29,7 +29,7 @@ pub(crate) fn run(
     let out = directory.display();
     let begin = Instant::now();
     let mut study = study(&mut |line| {
-        eprintln!("{:6.1} s  {line}", begin.elapsed().as_secs_f64());
+        tell(&format!("{:6.1} s  {line}", begin.elapsed().as_secs_f64()));
     })?;
     study.machine = machine::description();
     study.date = machine::today();
