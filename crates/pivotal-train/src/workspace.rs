@@ -48,8 +48,9 @@ impl Workspace {
     /// [`Workspace::load_packed`] where an adapter is trained, by [`Workspace::trainable`] with these settings.
     ///
     /// # Errors
-    /// As [`Workspace::load`].
+    /// As [`LoraSettings::check`] and [`Workspace::load`].
     pub fn load_under(settings: &ModelSettings, lora: &LoraSettings) -> Result<Self> {
+        lora.check()?;
         match lora.spec() {
             Some(_) => Self::load_packed(settings),
             None => Self::load(settings),

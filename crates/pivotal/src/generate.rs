@@ -158,7 +158,7 @@ impl Generate {
                 sample: generation.sample,
                 response: match generation.text {
                     Some(text) => text,
-                    None => tokenizer.decode_plain(&generation.token_ids)?,
+                    None => text(&generation.token_ids),
                 },
                 finish: match generation.finish {
                     Finish::Eos => "eos",

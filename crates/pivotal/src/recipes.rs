@@ -9,6 +9,7 @@ use pivotal_train::grpo::{GrpoConfig, GrpoRunFlags};
 use pivotal_train::ppo::{PpoConfig, PpoRunFlags};
 use pivotal_train::reject::{RejectConfig, RejectRunFlags};
 use pivotal_train::reward::{RewardConfig, RewardRunFlags};
+use pivotal_train::settings::path_value;
 use pivotal_train::sft::{SftConfig, SftFlags};
 use pivotal_train::{Result as TrainResult, StartMode, read_config, show_config};
 use serde::Serialize;
@@ -32,7 +33,7 @@ struct Common {
 #[derive(Args)]
 struct Start {
     /// Continue this run from its last checkpoint, under its own configuration.
-    #[arg(long, value_name = "RUN", conflicts_with_all = ["config", "overwrite"])]
+    #[arg(long, value_name = "RUN", conflicts_with_all = ["config", "overwrite"], value_parser = path_value())]
     resume: Option<PathBuf>,
     /// Replace an existing run directory.
     #[arg(long)]

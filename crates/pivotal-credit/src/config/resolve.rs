@@ -6,6 +6,9 @@ use crate::{
     Weighting, Width,
 };
 
+/// A mean is kept for every bin; more than a response has tokens tell no more positions apart.
+const MOST_BINS: usize = 65_536;
+
 impl CreditConfig {
     /// Checks every key and fills in the defaults of the rules chosen.
     ///
@@ -78,7 +81,10 @@ impl CreditConfig {
             },
             BaselineRule::PositionMean => Baseline::PositionMean {
                 positions: self.baseline_positions.unwrap_or(Positions::Relative),
-                bins: at_least_one("baseline_bins", self.baseline_bins.unwrap_or(10))?,
+                bins: match self.baseline_bins.unwrap_or(10) {
+                    bins @ 1..=MOST_BINS => bins,
+                    bins => return Err(domain("baseline_bins", "from 1 to 65536", bins)),
+                },
                 decay: decay()?,
             },
         })

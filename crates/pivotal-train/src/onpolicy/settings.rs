@@ -124,6 +124,10 @@ impl RolloutSettings {
         for (key, count) in counts {
             domain(key, count as f64, "at least 1", count > 0)?;
         }
+        for (key, count) in &counts[..2] {
+            let expected = "at most 1048576";
+            domain(key, *count as f64, expected, *count <= 1 << 20)?;
+        }
         let temperature = self.temperature;
         domain("temperature", temperature, "above 0", temperature > 0.0)?;
         Ok(self.sampling().check()?)
