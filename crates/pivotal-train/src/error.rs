@@ -81,6 +81,14 @@ pub enum Error {
         /// The input in it.
         input: PathBuf,
     },
+    /// A file that was to be overwritten is one that is read.
+    #[error("`{}` is `{}`, which this command reads: give another name", path.display(), input.display())]
+    InputReplaced {
+        /// The file to write.
+        path: PathBuf,
+        /// The input.
+        input: PathBuf,
+    },
     /// A file that is there already.
     #[error("`{}` exists: give `--overwrite` to replace it, or another name", path.display())]
     FileExists {

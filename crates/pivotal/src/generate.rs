@@ -11,7 +11,7 @@ use pivotal_train::workspace::Workspace;
 use serde::Serialize;
 
 use crate::failure::Failure;
-use crate::output::print;
+use crate::output::{check_file, print};
 
 /// `pivotal generate`.
 #[derive(Args)]
@@ -81,21 +81,9 @@ struct Line<'a> {
 
 impl Generate {
     pub(crate) fn run(self) -> Result<(), Failure> {
-        if let Some(out) = self
-            .out
-            .as_ref()
-            .filter(|out| out.exists() && !self.overwrite)
-        {
-            let out = out.display();
-            return Err(Failure::input(format!(
-                "`{out}` exists: give `--overwrite` or another `--out`"
-            )));
-        }
-        let parent = self.out.as_ref().and_then(|out| out.parent());
-        if parent.is_some_and(|parent| !parent.as_os_str().is_empty() && !parent.is_dir()) {
-            return Err(Failure::input(
-                "`--out` lies in no directory that exists".to_owned(),
-            ));
+        if let Some(out) = &self.out {
+            let inputs = [Some(&self.model), self.adapter.as_ref(), self.data.as_ref()];
+            check_file("--out", out, self.overwrite, &inputs)?;
         }
         let model = ModelSettings {
             path: self.model.clone(),

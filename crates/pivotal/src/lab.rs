@@ -12,7 +12,7 @@ use pivotal_lab::{
 
 use crate::failure::Failure;
 use crate::machine;
-use crate::output::{print_line, tell};
+use crate::output::{check_file, print_line, tell};
 use crate::studies;
 
 /// `pivotal lab`.
@@ -126,11 +126,8 @@ impl Lab {
 }
 
 fn make_start_policy(out: Option<PathBuf>) -> Result<(), Failure> {
-    if let Some(out) = out.as_ref().filter(|out| out.exists()) {
-        return Err(Failure::input(format!(
-            "`{}` exists: give another `--out`",
-            out.display()
-        )));
+    if let Some(out) = &out {
+        check_file("--out", out, false, &[])?;
     }
     let settings = StartPolicySettings::EMBEDDED;
     let steps = settings.steps;

@@ -1,6 +1,9 @@
-//! Standard output and standard error, where the reader may have gone.
+//! Standard output and standard error, where the reader may have gone; and what a file to write must be, before the work.
 
 use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+
+use pivotal_core::{check_writable, is_stream, same_file};
 
 use crate::failure::Failure;
 
@@ -26,4 +29,39 @@ pub(crate) fn tell(text: &str) {
     let _ = std::io::stderr()
         .lock()
         .write_all(format!("{text}\n").as_bytes());
+}
+
+/// Refuses what `flag` names if it could not be written once the work is done, or if that would destroy one of the command's
+/// `inputs`. A device or a pipe holds nothing that `--overwrite` would have to allow.
+pub(crate) fn check_file(
+    flag: &str,
+    path: &Path,
+    overwrite: bool,
+    inputs: &[Option<&PathBuf>],
+) -> Result<(), Failure> {
+    let name = path.display();
+    if path.is_dir() {
+        return Err(Failure::input(format!(
+            "`{name}` is a directory: give a file as `{flag}`"
+        )));
+    }
+    if path.exists() && !is_stream(path) && !overwrite {
+        return Err(Failure::input(format!(
+            "`{name}` exists: give `--overwrite` or another `{flag}`"
+        )));
+    }
+    let mut inputs = inputs.iter().flatten();
+    if let Some(input) = inputs.find(|input| same_file(input, path)) {
+        return Err(Failure::input(format!(
+            "`{name}` is `{}`, which this command reads: give another `{flag}`",
+            input.display()
+        )));
+    }
+    let parent = path.parent().filter(|path| !path.as_os_str().is_empty());
+    if parent.is_some_and(|parent| !parent.is_dir()) {
+        return Err(Failure::input(format!(
+            "`{flag}` lies in no directory that exists"
+        )));
+    }
+    Ok(check_writable(path)?)
 }

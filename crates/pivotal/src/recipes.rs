@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use pivotal_core::same_file;
 use pivotal_train::annotate::{AnnotateConfig, AnnotateRunFlags};
 use pivotal_train::dpo::{DpoConfig, DpoRunFlags};
 use pivotal_train::grpo::{GrpoConfig, GrpoRunFlags};
@@ -142,6 +143,15 @@ impl Annotate {
         let config: AnnotateConfig = resolve(&self.common, None, |config| flags.apply(config))?;
         if self.common.show_config {
             return print(show_config(&config).as_bytes());
+        }
+        if let Some(file) = &self.common.config
+            && same_file(file, &config.annotate.records)
+        {
+            return Err(pivotal_train::Error::InputReplaced {
+                path: config.annotate.records,
+                input: file.clone(),
+            }
+            .into());
         }
         let summary = pivotal_train::annotate::annotate(&config, self.overwrite)?;
         warn(&summary.warnings);
