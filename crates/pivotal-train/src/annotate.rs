@@ -71,6 +71,7 @@ pub fn annotate(config: &AnnotateConfig, overwrite: bool) -> Result<Summary> {
         &options,
     )?;
     let pairs = tokenized.items;
+    workspace.check_pairs(&config.data.path, &pairs)?;
     let groups: Vec<_> = pairs.iter().map(Group::of_pair).collect();
 
     let scorer;
@@ -84,7 +85,7 @@ pub fn annotate(config: &AnnotateConfig, overwrite: bool) -> Result<Summary> {
         kind => {
             let path = &config.annotate.reward_model;
             require("reward-model", path)?;
-            let model = workspace.reward_model(path, config.model.precision)?;
+            let model = workspace.reward_model("reward-model", path, config.model.precision)?;
             scorer = Workspace::reward_model_hash(&model, config.model.precision);
             (levels(kind, &model, &groups, &config.annotate)?, None)
         }

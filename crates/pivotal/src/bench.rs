@@ -307,7 +307,7 @@ impl fmt::Display for Keep {
     }
 }
 
-fn at_least<const LEAST: usize>(text: &str) -> Result<usize, String> {
+pub(crate) fn at_least<const LEAST: usize>(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(count) if count >= LEAST => Ok(count),
         _ => Err(format!("expected a whole number of at least {LEAST}")),

@@ -6,10 +6,12 @@ use clap::Args;
 use pivotal_core::{TokenizedPrompt, write_atomic};
 use pivotal_data::{DataSet, ReadOptions, tokenize_prompts};
 use pivotal_model::{Finish, GenerateSettings, Generator, Request, Sampling, StopStrings};
+use pivotal_train::Error;
 use pivotal_train::settings::{DataSettings, ModelSettings, Precision};
 use pivotal_train::workspace::Workspace;
 use serde::Serialize;
 
+use crate::bench::at_least;
 use crate::failure::Failure;
 use crate::output::{check_file, print};
 
@@ -35,10 +37,10 @@ pub(crate) struct Generate {
     #[arg(long, requires = "prompt")]
     plain: bool,
     /// Responses to each prompt.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = at_least::<1>)]
     samples: usize,
     /// The longest response, in tokens.
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 128, value_parser = at_least::<1>)]
     max_new_tokens: usize,
     /// Divides the logits; 0 takes the most probable token.
     #[arg(long, default_value_t = 0.0)]
@@ -56,7 +58,7 @@ pub(crate) struct Generate {
     #[arg(long)]
     stop: Vec<String>,
     /// Responses decoded together; changes no result.
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 16, value_parser = at_least::<1>)]
     batch: usize,
     /// Seed of the sampling.
     #[arg(long, default_value_t = 1)]
@@ -183,6 +185,18 @@ impl Generate {
         };
         let options = settings.tokenize_options(workspace.decoder.config().vocab_size);
         let template = workspace.template.as_ref();
-        Ok(tokenize_prompts(&data, &workspace.tokenizer, template, &options)?.items)
+        let prompts = tokenize_prompts(&data, &workspace.tokenizer, template, &options)?.items;
+        for prompt in &prompts {
+            let fits = workspace
+                .decoder
+                .config()
+                .check_length(prompt.prompt.len() + 1);
+            fits.map_err(|error| Error::Record {
+                path: data.path().into(),
+                line: prompt.id as usize,
+                what: format!("with one token of a response, {error}"),
+            })?;
+        }
+        Ok(prompts)
     }
 }
