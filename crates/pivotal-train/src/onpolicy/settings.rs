@@ -130,6 +130,13 @@ impl RolloutSettings {
         }
         let temperature = self.temperature;
         domain("temperature", temperature, "above 0", temperature > 0.0)?;
+        let held = temperature as f32 > 0.0 && (temperature as f32).is_finite();
+        domain(
+            "temperature",
+            temperature,
+            "a number from 1e-45 to 3e38",
+            held,
+        )?;
         Ok(self.sampling().check()?)
     }
 
