@@ -80,18 +80,21 @@ pub fn is_stream(path: &Path) -> bool {
 
 /// Whether both paths lead to one file, by whatever links.
 pub fn same_file(one: &Path, other: &Path) -> bool {
-    match (one.metadata(), other.metadata()) {
-        (Ok(found), Ok(beside)) if found.is_file() && beside.is_file() => {
-            #[cfg(unix)]
-            {
-                use std::os::unix::fs::MetadataExt;
-                (found.dev(), found.ino()) == (beside.dev(), beside.ino())
-            }
-            #[cfg(not(unix))]
-            matches!((one.canonicalize(), other.canonicalize()), (Ok(one), Ok(other)) if one == other)
-        }
-        _ => false,
-    }
+    one.is_file() && other.is_file() && identity(one) == identity(other)
+}
+
+/// What two names of one file have in common, of a file that is there.
+#[cfg(unix)]
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    let found = path.metadata().ok()?;
+    Some((found.dev(), found.ino()))
+}
+
+/// The same where the system does not number its files: hard links are then files of their own.
+#[cfg(not(unix))]
+fn identity(path: &Path) -> Option<PathBuf> {
+    path.canonicalize().ok()
 }
 
 /// The path that `path` leads to, whether something is there or not.

@@ -29,7 +29,7 @@ pub enum Error {
         /// The file that holds it.
         path: PathBuf,
         /// What is wrong with it.
-        source: pivotal_data::DataError,
+        source: Box<pivotal_data::DataError>,
     },
     /// The credit rule, or a signal.
     #[error(transparent)]
@@ -245,7 +245,8 @@ impl HasKind for Error {
         match self {
             Self::File(error) => error.kind(),
             Self::Model(error) => error.kind(),
-            Self::Data(error) | Self::Tokenizer { source: error, .. } => error.kind(),
+            Self::Data(error) => error.kind(),
+            Self::Tokenizer { source, .. } => source.kind(),
             Self::Credit(error) => error.kind(),
             Self::Loss(error) => error.kind(),
             // Another build would do; a device that is not there is asked for in vain, like a file that is not there.

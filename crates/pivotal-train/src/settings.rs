@@ -388,7 +388,7 @@ impl OptimizerSettings {
     /// Optimizer steps over a data set whose epoch has `batches`.
     pub fn total_steps(&self, batches: usize) -> u64 {
         match self.steps {
-            0 => self.epochs * batches as u64,
+            0 => self.epochs.saturating_mul(batches as u64),
             steps => steps,
         }
     }

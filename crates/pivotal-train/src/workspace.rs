@@ -344,12 +344,12 @@ fn tokenizer(checkpoint: &Checkpoint, path: &Path) -> Result<Tokenizer> {
         eos: eos.ok_or_else(|| missing("a model with an `eos_token_id`"))?,
         add_bos: matches!(source, TokenizerSource::Bpe(_)).then_some(ids.add_bos),
     };
-    Tokenizer::new(source, special).map_err(|source_error| Error::Tokenizer {
+    Tokenizer::new(source, special).map_err(|error| Error::Tokenizer {
         path: match source {
             TokenizerSource::Json(_) => path.join("tokenizer.json"),
             _ => path.into(),
         },
-        source: source_error,
+        source: error.into(),
     })
 }
 

@@ -81,13 +81,17 @@ impl CreditConfig {
             },
             BaselineRule::PositionMean => Baseline::PositionMean {
                 positions: self.baseline_positions.unwrap_or(Positions::Relative),
-                bins: match self.baseline_bins.unwrap_or(10) {
-                    bins @ 1..=MOST_BINS => bins,
-                    bins => return Err(domain("baseline_bins", "from 1 to 65536", bins)),
-                },
+                bins: self.resolve_bins()?,
                 decay: decay()?,
             },
         })
+    }
+
+    fn resolve_bins(&self) -> Result<usize> {
+        match at_least_one("baseline_bins", self.baseline_bins.unwrap_or(10))? {
+            bins if bins > MOST_BINS => Err(domain("baseline_bins", "at most 65536", bins)),
+            bins => Ok(bins),
+        }
     }
 
     fn resolve_cut(&self) -> Result<Cut> {
