@@ -21,7 +21,8 @@ pub fn read_file(path: &Path) -> Result<Vec<u8>, FileError> {
 /// Writes `bytes` to `path` so that a reader, or a crash, sees the old content or the new, never a part.
 ///
 /// The bytes go to a temporary name in the same directory, are synced, and are renamed over `path`; then the directory
-/// is synced. A failure leaves what stood there before.
+/// is synced. A failure leaves what stood there before. Of a link it is the target that is replaced; a device or a pipe, which
+/// holds nothing to replace, gets the bytes as they come.
 ///
 /// # Errors
 /// [`FileError::Write`], with the path; the temporary file is removed.
@@ -30,7 +31,12 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
         path: path.into(),
         source,
     };
-    let temporary = beside(path, &format!(".{}.tmp", std::process::id()));
+    if is_stream(path) {
+        let mut stream = File::options().write(true).open(path).map_err(fail)?;
+        return stream.write_all(bytes).map_err(fail);
+    }
+    let path = &behind_links(path);
+    let temporary = temporary(path);
     let written = File::create(&temporary).and_then(|mut file| {
         file.write_all(bytes)?;
         file.sync_all()
@@ -41,6 +47,72 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
         return Err(fail(source));
     }
     sync_directory(path.parent().unwrap_or(Path::new("."))).map_err(fail)
+}
+
+/// Finds out, before work that would be lost, whether [`write_atomic`] can write to `path`, and changes nothing.
+///
+/// # Errors
+/// [`FileError::Write`], with the path.
+pub fn check_writable(path: &Path) -> Result<(), FileError> {
+    // To open a pipe would be to wait for its reader.
+    if is_stream(path) {
+        return Ok(());
+    }
+    let file = behind_links(path);
+    let probed = match file.is_dir() {
+        true => Err(std::io::ErrorKind::IsADirectory.into()),
+        false => {
+            let temporary = temporary(&file);
+            File::create(&temporary).and_then(|_| std::fs::remove_file(&temporary))
+        }
+    };
+    probed.map_err(|source| FileError::Write {
+        path: path.into(),
+        source,
+    })
+}
+
+/// Whether `path` is there and neither a file nor a directory: a device or a pipe.
+pub fn is_stream(path: &Path) -> bool {
+    path.metadata()
+        .is_ok_and(|found| !found.is_file() && !found.is_dir())
+}
+
+/// Whether both paths lead to one file, by whatever links.
+pub fn same_file(one: &Path, other: &Path) -> bool {
+    one.is_file() && other.is_file() && identity(one) == identity(other)
+}
+
+/// What two names of one file have in common, of a file that is there.
+#[cfg(unix)]
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    let found = path.metadata().ok()?;
+    Some((found.dev(), found.ino()))
+}
+
+/// The same where the system does not number its files: hard links are then files of their own.
+#[cfg(not(unix))]
+fn identity(path: &Path) -> Option<PathBuf> {
+    path.canonicalize().ok()
+}
+
+/// The path that `path` leads to, whether something is there or not.
+fn behind_links(path: &Path) -> PathBuf {
+    let mut path = path.to_path_buf();
+    // As many as Linux follows, which then calls them a circle.
+    for _ in 0..40 {
+        let Ok(target) = std::fs::read_link(&path) else {
+            break;
+        };
+        path = path.with_file_name(target);
+    }
+    path
+}
+
+/// The name under which a file is written before it is whole.
+fn temporary(path: &Path) -> PathBuf {
+    beside(path, &format!(".{}.tmp", std::process::id()))
 }
 
 /// Removes what writers that were killed left in `directory` and below it: the temporary files of [`write_atomic`].
@@ -180,6 +252,64 @@ mod tests {
             Err(FileError::Write { .. })
         ));
         assert_eq!(std::fs::read(path.join("inside")).unwrap(), b"old");
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_links_target_is_replaced_and_the_link_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        std::fs::create_dir(path("below")).unwrap();
+        std::os::unix::fs::symlink("below/file", path("near")).unwrap();
+        std::os::unix::fs::symlink("near", path("far")).unwrap();
+        for content in [b"new", b"old"] {
+            check_writable(&path("far")).unwrap();
+            write_atomic(&path("far"), content).unwrap();
+            assert_eq!(std::fs::read(path("below/file")).unwrap(), content);
+            assert!(path("far").is_symlink() && path("near").is_symlink());
+        }
+        assert!(same_file(&path("far"), &path("below/file")));
+        std::fs::hard_link(path("below/file"), path("twin")).unwrap();
+        assert!(same_file(&path("twin"), &path("near")));
+        std::fs::write(path("other"), b"old").unwrap();
+        assert!(!same_file(&path("other"), &path("near")));
+        assert!(!same_file(&path("absent"), &path("absent")));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_pipe_gets_the_bytes_and_stays_a_pipe() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("pipe");
+        let made = std::process::Command::new("mkfifo").arg(&path).status();
+        assert!(made.unwrap().success());
+        check_writable(&path).unwrap();
+        let reader = std::thread::spawn({
+            let path = path.clone();
+            move || std::fs::read(path).unwrap()
+        });
+        write_atomic(&path, b"piped").unwrap();
+        assert_eq!(reader.join().unwrap(), b"piped");
+        assert!(is_stream(&path));
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_place_that_cannot_be_written_is_found_without_writing() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("file");
+        std::fs::write(&file, b"old").unwrap();
+        check_writable(&file).unwrap();
+        check_writable(&directory.path().join("new")).unwrap();
+        for bad in [
+            directory.path(),
+            &file.join("inside"),
+            &directory.path().join("no/where"),
+        ] {
+            assert!(check_writable(bad).is_err(), "{}", bad.display());
+        }
+        assert_eq!(std::fs::read(&file).unwrap(), b"old");
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 

@@ -17,8 +17,8 @@ mod tokenizer_source;
 
 pub use error::{ErrorKind, FileError, HasKind};
 pub use file::{
-    ContentHasher, content_hash, read_checked, read_file, remove_temporaries, sync_directory,
-    write_atomic, write_checked,
+    ContentHasher, check_writable, content_hash, is_stream, read_checked, read_file,
+    remove_temporaries, same_file, sync_directory, write_atomic, write_checked,
 };
 pub use manifest::{FileHash, Manifest};
 pub use mask::{LengthMismatch, TokenMask};

@@ -109,6 +109,10 @@ fn every_fault_names_its_key() {
             "`cut_probability` is 0, expected a number above 0, up to 1",
         ),
         (
+            "baseline = 'position_mean'\nbaseline_bins = 65537",
+            "`baseline_bins` is 65537, expected at most 65536",
+        ),
+        (
             "cut = 'improbable'\ncut_every = 0",
             "`cut_every` is 0, expected at least 1",
         ),

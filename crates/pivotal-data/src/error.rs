@@ -203,6 +203,14 @@ pub enum RowFault {
         /// The column.
         column: &'static str,
     },
+    /// A text whose only token is the prompt, where the model has no BOS to start from.
+    #[error(
+        "column `{column}`: the text has one token, which is the prompt; a response needs at least one after it"
+    )]
+    OneToken {
+        /// The column.
+        column: &'static str,
+    },
     /// A prompt without a token, where the model has no BOS to start from.
     #[error("column `{column}`: the prompt has no token; a response needs at least one before it")]
     EmptyPrompt {

@@ -373,6 +373,9 @@ impl<'a> Context<'a> {
     fn whole_text(&self, text: &str) -> Result<Sequence, RowFault> {
         let ids = encode(self.tokenizer, "text", text)?;
         let mut ids = with_bos(self.tokenizer, "text", ids)?;
+        if ids.len() == 1 && !self.tokenizer.adds_bos() {
+            return Err(RowFault::OneToken { column: "text" });
+        }
         let response = with_eos(self.tokenizer, "text", None, ids.split_off(1))?;
         let mask = vec![true; response.len()];
         Ok(Sequence::new(ids, response, mask))

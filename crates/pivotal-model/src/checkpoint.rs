@@ -201,7 +201,13 @@ pub fn load(path: &Path) -> Result<Checkpoint> {
     }
     match path.to_str().filter(|id| looks_like_hub_id(id)) {
         Some(id) => Err(Error::HubId { id: id.into() }),
-        None => Err(Error::read(path, std::io::ErrorKind::NotFound.into())),
+        None => {
+            let nothing = std::io::Error::new(
+                std::io::ErrorKind::NotFound,
+                "there is no such file or directory",
+            );
+            Err(Error::read(path, nothing))
+        }
     }
 }
 

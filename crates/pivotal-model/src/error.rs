@@ -173,6 +173,24 @@ pub enum Error {
         /// What it is.
         found: f64,
     },
+    /// A new adapter's rank is above that of any layer it is for.
+    #[error(
+        "`lora-rank` is {rank}, expected at most {most}, the rank of the largest layer that is adapted"
+    )]
+    LoraRank {
+        /// The rank asked for.
+        rank: usize,
+        /// The smaller side of the layer whose smaller side is largest.
+        most: usize,
+    },
+    /// A new adapter is for a layer that the decoder does not have.
+    #[error("`lora-targets` has `{target}`, expected linear layers of the model: {}", layers.join(", "))]
+    LoraTarget {
+        /// The name given.
+        target: String,
+        /// The names there are.
+        layers: Vec<String>,
+    },
     /// A token id is not in the vocabulary.
     #[error("token id {id} is outside the vocabulary, expected less than {vocab}")]
     TokenOutOfRange {

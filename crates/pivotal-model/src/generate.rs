@@ -29,6 +29,9 @@ pub struct GenerateSettings {
     pub seed: u64,
 }
 
+/// The most responses to a prompt: their number over all prompts is one that can be counted.
+const MOST_SAMPLES: usize = 1 << 20;
+
 /// A prompt to respond to.
 #[derive(Clone, Copy, Debug)]
 pub struct Request<'a> {
@@ -126,7 +129,7 @@ impl Generator {
                 prompt,
             })
             .collect();
-        let mut done = Vec::with_capacity(requests.len() * settings.samples);
+        let mut done = Vec::new();
         self.sample_many(&requests, settings, None, &mut |generation| {
             done.push(generation);
         })?;
@@ -285,13 +288,19 @@ impl GenerateSettings {
             ("max_tokens", self.max_tokens),
             ("batch", self.batch),
         ];
-        match counts.into_iter().find(|&(_, count)| count == 0) {
-            None => Ok(()),
-            Some((what, _)) => Err(Error::Domain {
+        let domain = |what, expected, found: usize| {
+            Err(Error::Domain {
                 what,
-                expected: "at least 1",
-                found: 0.0,
-            }),
+                expected,
+                found: found as f64,
+            })
+        };
+        match counts.into_iter().find(|&(_, count)| count == 0) {
+            Some((what, _)) => domain(what, "at least 1", 0),
+            None if self.samples > MOST_SAMPLES => {
+                domain("samples", "at most 1048576", self.samples)
+            }
+            None => Ok(()),
         }
     }
 }

@@ -3,7 +3,7 @@
 //! Hu et al. 2021, arXiv:2106.09685, Eq. 3: `y = W x + (alpha / rank) · B A x`, with `W` frozen. `A` starts uniform in
 //! ±1/√in (Kaiming with a = √5) and `B` at zero, as in peft, so that the adapted decoder starts as its base.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use pivotal_core::random_stream;
 use rand::RngExt;
@@ -26,11 +26,52 @@ pub struct LoraSpec {
     pub targets: Vec<String>,
 }
 
+impl LoraSpec {
+    /// Whether the layer of this name gets an adapter.
+    fn adapts(&self, name: &str) -> bool {
+        self.targets.is_empty() || self.targets.iter().any(|target| target == name)
+    }
+
+    /// That the decoder has the targets, and one among them with so many rows and columns.
+    fn check(&self, decoder: &mut Decoder) -> Result<()> {
+        let layers: Vec<(String, usize)> = decoder
+            .projections()
+            .map(|(path, projection)| {
+                let [out, input] = projection.shape();
+                (layer_name(&path).to_owned(), out.min(input))
+            })
+            .collect();
+        let names: BTreeSet<&str> = layers.iter().map(|(name, _)| name.as_str()).collect();
+        let mut targets = self.targets.iter();
+        if let Some(target) = targets.find(|target| !names.contains(target.as_str())) {
+            return Err(Error::LoraTarget {
+                target: target.clone(),
+                layers: names.into_iter().map(str::to_owned).collect(),
+            });
+        }
+        let adapted = layers.iter().filter(|(name, _)| self.adapts(name));
+        let most = adapted.map(|&(_, rank)| rank).max().unwrap_or(0);
+        match self.rank > most {
+            true => Err(Error::LoraRank {
+                rank: self.rank,
+                most,
+            }),
+            false => Ok(()),
+        }
+    }
+}
+
+/// The last component of a module's path.
+fn layer_name(path: &str) -> &str {
+    path.rsplit('.').next().unwrap_or(path)
+}
+
 impl Decoder {
     /// Adds a trainable adapter that changes nothing yet (`B` is zero); the decoder's own weights are frozen.
     ///
     /// # Errors
-    /// [`Error::Domain`] if the rank is 0; [`Error::ExtraTensors`] if a target is no linear layer of this decoder.
+    /// [`Error::Domain`] if the rank is 0; [`Error::LoraRank`] if it is above that of every layer to adapt;
+    /// [`Error::LoraTarget`] if a target is no linear layer of this decoder.
     pub fn with_lora(self, spec: &LoraSpec, seed: u64) -> Result<Self> {
         if spec.rank == 0 {
             return Err(Error::Domain {
@@ -40,13 +81,11 @@ impl Decoder {
             });
         }
         let mut decoder = self.base();
-        let mut unknown = spec.targets.clone();
+        spec.check(&mut decoder)?;
         let mut stream = random_stream(seed, "lora");
         let device = decoder.device().clone();
         for (path, projection) in decoder.projections() {
-            let name = path.rsplit('.').next().unwrap_or(&path);
-            unknown.retain(|target| target != name);
-            if !spec.targets.is_empty() && !spec.targets.iter().any(|target| target == name) {
+            if !spec.adapts(layer_name(&path)) {
                 continue;
             }
             let [out, input] = projection.shape();
@@ -62,13 +101,7 @@ impl Decoder {
                 scale: (spec.alpha / spec.rank as f64) as f32,
             });
         }
-        match unknown.is_empty() {
-            true => Ok(decoder),
-            false => Err(Error::ExtraTensors {
-                path: "the adapter".into(),
-                names: unknown,
-            }),
-        }
+        Ok(decoder)
     }
 
     /// Puts a saved adapter on the decoder, trainable; the decoder's own weights are frozen.

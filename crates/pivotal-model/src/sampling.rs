@@ -76,8 +76,11 @@ impl Sampling {
                 found,
             })
         };
-        if !(self.temperature.is_finite() && self.temperature >= 0.0) {
-            return domain("temperature", "finite and at least 0", self.temperature);
+        // Logits are divided in 32 bits, in which a smaller number is 0 and a larger one infinite.
+        let divides = |temperature: f32| temperature > 0.0 && temperature.is_finite();
+        if self.temperature != 0.0 && !divides(self.temperature as f32) {
+            let expected = "0, or a number from 1e-45 to 3e38";
+            return domain("temperature", expected, self.temperature);
         }
         if self.top_k == Some(0) {
             return domain("top_k", "at least 1", 0.0);

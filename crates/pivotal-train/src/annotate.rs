@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use pivotal_core::FileHash;
+use pivotal_core::{FileHash, check_writable, is_stream, same_file};
 use pivotal_credit::{CreditConfig, DiagnosticsReport, increment, log_ratio};
 use pivotal_data::{DataSet, ReadOptions, tokenize_pairs};
 use pivotal_model::{Decoder, RewardModel};
@@ -57,27 +57,7 @@ pub struct Summary {
 /// [`Error`]: its kind says whose fault it is. The resolved configuration and a manifest are written beside the records. An existing file of records is refused unless `overwrite`.
 pub fn annotate(config: &AnnotateConfig, overwrite: bool) -> Result<Summary> {
     let path = &config.annotate.records;
-    if path.as_os_str().is_empty() {
-        let expected = "the file of credit records to write";
-        return Err(Error::Setting {
-            key: "records",
-            found: "empty".into(),
-            expected,
-        });
-    }
-    if path.exists() && !overwrite {
-        return Err(Error::FileExists { path: path.clone() });
-    }
-    let directory = path
-        .parent()
-        .filter(|parent| !parent.as_os_str().is_empty());
-    if directory.is_some_and(|directory| !directory.is_dir()) {
-        return Err(Error::Setting {
-            key: "records",
-            found: path.display().to_string(),
-            expected: "a file in a directory that exists",
-        });
-    }
+    check_records(config, overwrite)?;
     config.annotate.check()?;
     let data = DataSet::read(&config.data.path, ReadOptions::default())?;
     let workspace = Workspace::load_packed(&config.model)?;
@@ -91,6 +71,7 @@ pub fn annotate(config: &AnnotateConfig, overwrite: bool) -> Result<Summary> {
         &options,
     )?;
     let pairs = tokenized.items;
+    workspace.check_pairs(&config.data.path, &pairs)?;
     let groups: Vec<_> = pairs.iter().map(Group::of_pair).collect();
 
     let scorer;
@@ -104,7 +85,7 @@ pub fn annotate(config: &AnnotateConfig, overwrite: bool) -> Result<Summary> {
         kind => {
             let path = &config.annotate.reward_model;
             require("reward-model", path)?;
-            let model = workspace.reward_model(path, config.model.precision)?;
+            let model = workspace.reward_model("reward-model", path, config.model.precision)?;
             scorer = Workspace::reward_model_hash(&model, config.model.precision);
             (levels(kind, &model, &groups, &config.annotate)?, None)
         }
@@ -155,6 +136,46 @@ pub fn annotate(config: &AnnotateConfig, overwrite: bool) -> Result<Summary> {
         credit: report,
         warnings,
     })
+}
+
+/// Refuses a file of records that could not be written after the work, or whose writing would destroy an input.
+fn check_records(config: &AnnotateConfig, overwrite: bool) -> Result<()> {
+    let path = &config.annotate.records;
+    let setting = |found: String, expected| {
+        Err(Error::Setting {
+            key: "records",
+            found,
+            expected,
+        })
+    };
+    if path.as_os_str().is_empty() {
+        return setting("empty".into(), "the file of credit records to write");
+    }
+    let name = path.display().to_string();
+    if path.is_dir() || is_stream(path) {
+        let expected = "a regular file: what it was made of is written beside it";
+        return setting(name, expected);
+    }
+    if path.exists() && !overwrite {
+        return Err(Error::FileExists { path: path.clone() });
+    }
+    let model = &config.model;
+    let inputs = [&config.data.path, &model.path, &model.adapter];
+    let scorer = config.annotate.scorer();
+    let mut inputs = inputs.into_iter().map(PathBuf::as_path).chain([scorer]);
+    if let Some(input) = inputs.find(|input| same_file(input, path)) {
+        return Err(Error::InputReplaced {
+            path: path.clone(),
+            input: input.into(),
+        });
+    }
+    let directory = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty());
+    if directory.is_some_and(|directory| !directory.is_dir()) {
+        return setting(name, "a file in a directory that exists");
+    }
+    Ok(check_writable(path)?)
 }
 
 type Signals = Vec<[Vec<f32>; 2]>;

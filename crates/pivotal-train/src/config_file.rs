@@ -23,7 +23,7 @@ pub fn read_config<T: DeserializeOwned>(path: &Path) -> Result<T> {
 /// A resolved configuration as TOML: every key, with the value in force.
 ///
 /// # Panics
-/// Never: every settings table serialises.
+/// If a path in it is not UTF-8: neither a file nor a flag ([`path_value`](crate::settings::path_value)) gives one.
 pub fn show_config(config: &impl Serialize) -> String {
     toml::to_string(config).expect("settings are numbers, texts and tables")
 }

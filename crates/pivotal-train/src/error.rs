@@ -23,6 +23,14 @@ pub enum Error {
     /// The data set, the tokenizer or the chat template.
     #[error(transparent)]
     Data(#[from] pivotal_data::DataError),
+    /// The tokenizer of a model.
+    #[error("`{}`: {source}", path.display())]
+    Tokenizer {
+        /// The file that holds it.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: Box<pivotal_data::DataError>,
+    },
     /// The credit rule, or a signal.
     #[error(transparent)]
     Credit(#[from] pivotal_credit::Error),
@@ -81,6 +89,14 @@ pub enum Error {
         /// The input in it.
         input: PathBuf,
     },
+    /// A file that was to be overwritten is one that is read.
+    #[error("`{}` is `{}`, which this command reads: give another name", path.display(), input.display())]
+    InputReplaced {
+        /// The file to write.
+        path: PathBuf,
+        /// The input.
+        input: PathBuf,
+    },
     /// A file that is there already.
     #[error("`{}` exists: give `--overwrite` to replace it, or another name", path.display())]
     FileExists {
@@ -118,6 +134,12 @@ pub enum Error {
         line: usize,
         /// What is wrong with it.
         what: String,
+    },
+    /// A file of records has none.
+    #[error("`{}` has no records, expected those that `pivotal annotate` writes", path.display())]
+    NoRecords {
+        /// The file.
+        path: PathBuf,
     },
     /// A response of the data has no record.
     #[error("`{}` has no record for the {side} response of row {row}: annotate this data set", path.display())]
@@ -224,6 +246,7 @@ impl HasKind for Error {
             Self::File(error) => error.kind(),
             Self::Model(error) => error.kind(),
             Self::Data(error) => error.kind(),
+            Self::Tokenizer { source, .. } => source.kind(),
             Self::Credit(error) => error.kind(),
             Self::Loss(error) => error.kind(),
             // Another build would do; a device that is not there is asked for in vain, like a file that is not there.

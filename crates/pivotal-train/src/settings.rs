@@ -14,6 +14,7 @@ pub use crate::dpo::{DpoFlags, DpoSettings, LossName};
 use crate::error::{Error, Result};
 pub use crate::progress::ProgressMode;
 use crate::schedule::Schedule;
+pub use crate::table::path_value;
 use crate::table::table;
 
 /// A set of flags that lies over a table of settings.
@@ -216,6 +217,20 @@ table! {
 }
 
 impl LoraSettings {
+    /// Checks every number's domain; a rank is checked against the model's layers.
+    ///
+    /// # Errors
+    /// [`Error::Setting`], naming the flag.
+    pub fn check(&self) -> Result<()> {
+        let held = (self.alpha as f32).is_finite();
+        domain(
+            "lora-alpha",
+            self.alpha,
+            "a number that 32 bits can hold",
+            held,
+        )
+    }
+
     /// The adapter to add; none if every parameter is trained.
     pub fn spec(&self) -> Option<LoraSpec> {
         let targets = self
@@ -311,7 +326,10 @@ pub(crate) fn domain(
         false => Err(Error::Setting {
             key,
             found: value.to_string(),
-            expected,
+            expected: match value.is_finite() || expected.contains("finite") {
+                true => expected,
+                false => "a finite number",
+            },
         }),
     }
 }
@@ -370,7 +388,7 @@ impl OptimizerSettings {
     /// Optimizer steps over a data set whose epoch has `batches`.
     pub fn total_steps(&self, batches: usize) -> u64 {
         match self.steps {
-            0 => self.epochs * batches as u64,
+            0 => self.epochs.saturating_mul(batches as u64),
             steps => steps,
         }
     }
@@ -483,6 +501,7 @@ pub(crate) fn credit_arguments(command: Command, defaults: &CreditConfig) -> Com
             Arg::new(field.flag)
                 .long(field.flag)
                 .value_name("VALUE")
+                .allow_negative_numbers(true)
                 .help(help)
                 .help_heading("Credit"),
         )

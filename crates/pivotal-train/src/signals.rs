@@ -84,7 +84,7 @@ impl<'a> RecordsByResponse<'a> {
     /// Reads a file whose records are of pairs, or of responses that are in none.
     ///
     /// # Errors
-    /// [`Error::Record`] with file and line, [`Error::File`].
+    /// [`Error::Record`] with file and line, [`Error::NoRecords`], [`Error::File`].
     pub(crate) fn read(path: &'a Path, paired: bool) -> Result<Self> {
         let mut records: BTreeMap<(u64, Option<Side>), CreditRecord> = BTreeMap::new();
         let mut names = BTreeSet::new();
@@ -111,7 +111,8 @@ impl<'a> RecordsByResponse<'a> {
                 return Err(fault("this response has a record already"));
             }
         }
-        let name = names.pop_first().unwrap_or_default();
+        let name = names.pop_first();
+        let name = name.ok_or_else(|| Error::NoRecords { path: path.into() })?;
         let signal = Signal::ALL
             .iter()
             .copied()

@@ -1,5 +1,11 @@
 //! One list of fields gives the struct, its defaults, strict TOML, literal flags and their help.
 
+use std::any::TypeId;
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser};
+
 /// Declares a table of settings and its flags.
 ///
 /// Each field is `"flag-name" name: Type = default`, under its doc comment, which is rustdoc and `--help` both. The macro
@@ -36,6 +42,7 @@ macro_rules! table {
                     long = $flag,
                     value_name = "VALUE",
                     allow_negative_numbers = true,
+                    value_parser = crate::table::value_parser::<$type>(clap::value_parser!($type).into()),
                     help = crate::table::help(&[$($doc),+], &$name::default().$field)
                 )]
                 pub $field: Option<$type>,
@@ -49,6 +56,23 @@ macro_rules! table {
             }
         }
     };
+}
+
+/// How the value of a flag of type `T` is read: a path by [`path_value`], anything else as is `usual`.
+pub(crate) fn value_parser<T: 'static>(usual: ValueParser) -> ValueParser {
+    match TypeId::of::<T>() == TypeId::of::<PathBuf>() {
+        true => path_value(),
+        false => usual,
+    }
+}
+
+/// Reads a path that a configuration can hold: in UTF-8, as all of TOML and JSON is. An empty one is none.
+pub fn path_value() -> ValueParser {
+    let read = |path: OsString| match path.into_string() {
+        Ok(path) => Ok(PathBuf::from(path)),
+        Err(_) => Err("expected a path in UTF-8, which a configuration can hold"),
+    };
+    ValueParser::new(OsStringValueParser::new().try_map(read))
 }
 
 /// A flag's help: the field's doc comment, and the default as it would stand in a file.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use pivotal_core::{ContentHasher, FileHash, TokenizerSource};
+use pivotal_core::{ContentHasher, FileHash, TokenizedPair, TokenizerSource};
 use pivotal_data::{ChatTemplate, SpecialTokens, Tokenizer};
 use pivotal_model::{
     AdapterTask, Checkpoint, Decoder, DecoderConfig, LoraAdapter, Parameters, RewardModel, load,
@@ -48,8 +48,9 @@ impl Workspace {
     /// [`Workspace::load_packed`] where an adapter is trained, by [`Workspace::trainable`] with these settings.
     ///
     /// # Errors
-    /// As [`Workspace::load`].
+    /// As [`LoraSettings::check`] and [`Workspace::load`].
     pub fn load_under(settings: &ModelSettings, lora: &LoraSettings) -> Result<Self> {
+        lora.check()?;
         match lora.spec() {
             Some(_) => Self::load_packed(settings),
             None => Self::load(settings),
@@ -167,13 +168,51 @@ impl Workspace {
         Some(self.path.display().to_string())
     }
 
-    /// A reward model on this model's tokenizer, off the tape and packed: a run, adapter or model directory of `pivotal reward`.
+    /// Checks that the rows of `path` fit the model; `rows` are their numbers and their tokens.
+    ///
+    /// # Errors
+    /// [`Error::Record`], naming the first that does not.
+    pub fn check_rows(
+        &self,
+        path: &Path,
+        rows: impl IntoIterator<Item = (u64, usize)>,
+    ) -> Result<()> {
+        for (row, tokens) in rows {
+            let fits = self.decoder.config().check_length(tokens);
+            fits.map_err(|error| Error::Record {
+                path: path.into(),
+                line: row as usize,
+                what: format!("{error}: `--max-tokens` and `--max-prompt-tokens` shorten rows"),
+            })?;
+        }
+        Ok(())
+    }
+
+    /// [`Workspace::check_rows`] of preferences, each with its longer response.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check_pairs(&self, path: &Path, pairs: &[TokenizedPair]) -> Result<()> {
+        let rows = pairs.iter().map(|pair| {
+            let response = pair.chosen.len().max(pair.rejected.len());
+            (pair.id, pair.prompt.len() + response)
+        });
+        self.check_rows(path, rows)
+    }
+
+    /// A reward model on this model's tokenizer, off the tape and packed: the run, adapter or model directory of `pivotal reward`
+    /// that the setting `key` names.
     ///
     /// # Errors
     /// [`Error::Setting`] if the directory has no value head, or a model of another tokenizer.
-    pub fn reward_model(&self, path: &Path, precision: Precision) -> Result<RewardModel> {
+    pub fn reward_model(
+        &self,
+        key: &'static str,
+        path: &Path,
+        precision: Precision,
+    ) -> Result<RewardModel> {
         let missing = || Error::Setting {
-            key: "reward-model",
+            key,
             found: path.display().to_string(),
             expected: "a directory with a value head (`score.weight`), as `pivotal reward` writes it",
         };
@@ -185,7 +224,7 @@ impl Workspace {
             return Ok(RewardModel::with_head(decoder, head)?.detached());
         }
         let mut checkpoint = load(&model_path(path))?;
-        self.expect_tokenizer("reward-model", path, &checkpoint)?;
+        self.expect_tokenizer(key, path, &checkpoint)?;
         let decoder = self.packed_decoder(&mut checkpoint, precision)?;
         let head = checkpoint.value_head().ok_or_else(missing)?;
         Ok(RewardModel::with_head(decoder, head)?.detached())
@@ -228,7 +267,7 @@ impl Workspace {
             // A model without one says nothing of its ids but how many they are.
             None => checkpoint.config.vocab_size == ours,
             Some(_) => {
-                let theirs = tokenizer(checkpoint, path)?;
+                let theirs = tokenizer(checkpoint, &model_path(path))?;
                 let text = |tokenizer: &Tokenizer, id| tokenizer.token_text(id).ok();
                 let ids = 0..ours.max(checkpoint.config.vocab_size) as u32;
                 ids.into_iter()
@@ -305,7 +344,13 @@ fn tokenizer(checkpoint: &Checkpoint, path: &Path) -> Result<Tokenizer> {
         eos: eos.ok_or_else(|| missing("a model with an `eos_token_id`"))?,
         add_bos: matches!(source, TokenizerSource::Bpe(_)).then_some(ids.add_bos),
     };
-    Ok(Tokenizer::new(source, special)?)
+    Tokenizer::new(source, special).map_err(|error| Error::Tokenizer {
+        path: match source {
+            TokenizerSource::Json(_) => path.join("tokenizer.json"),
+            _ => path.into(),
+        },
+        source: error.into(),
+    })
 }
 
 fn adapter_path(path: &Path) -> PathBuf {

@@ -32,7 +32,7 @@ use crate::bench::outcome::Outcome;
 use crate::bench::subject::Subject;
 use crate::failure::Failure;
 use crate::machine;
-use crate::output::print_line;
+use crate::output::{check_file, print_line};
 
 /// `pivotal bench`.
 #[derive(Args, Clone, Debug)]
@@ -205,19 +205,12 @@ impl Settings {
 
     /// Before the work, not after it.
     fn check_output(&self) -> Result<(), Failure> {
-        let Some(path) = &self.json else {
-            return Ok(());
-        };
-        if path.exists() && !self.overwrite {
-            let path = path.display();
-            return Err(Failure::input(format!(
-                "`{path}` exists: give `--overwrite` or another `--json`"
-            )));
-        }
-        let parent = path.parent().filter(|path| !path.as_os_str().is_empty());
-        match parent.is_some_and(|parent| !parent.is_dir()) {
-            true => Err(Failure::input("`--json` lies in no directory that exists")),
-            false => Ok(()),
+        match &self.json {
+            Some(path) => {
+                let inputs = [self.model.as_ref(), self.data.as_ref()];
+                check_file("--json", path, self.overwrite, &inputs)
+            }
+            None => Ok(()),
         }
     }
 }
@@ -314,7 +307,7 @@ impl fmt::Display for Keep {
     }
 }
 
-fn at_least<const LEAST: usize>(text: &str) -> Result<usize, String> {
+pub(crate) fn at_least<const LEAST: usize>(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(count) if count >= LEAST => Ok(count),
         _ => Err(format!("expected a whole number of at least {LEAST}")),

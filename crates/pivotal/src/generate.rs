@@ -6,12 +6,14 @@ use clap::Args;
 use pivotal_core::{TokenizedPrompt, write_atomic};
 use pivotal_data::{DataSet, ReadOptions, tokenize_prompts};
 use pivotal_model::{Finish, GenerateSettings, Generator, Request, Sampling, StopStrings};
+use pivotal_train::Error;
 use pivotal_train::settings::{DataSettings, ModelSettings, Precision};
 use pivotal_train::workspace::Workspace;
 use serde::Serialize;
 
+use crate::bench::at_least;
 use crate::failure::Failure;
-use crate::output::print;
+use crate::output::{check_file, print};
 
 /// `pivotal generate`.
 #[derive(Args)]
@@ -35,10 +37,10 @@ pub(crate) struct Generate {
     #[arg(long, requires = "prompt")]
     plain: bool,
     /// Responses to each prompt.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = at_least::<1>)]
     samples: usize,
     /// The longest response, in tokens.
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 128, value_parser = at_least::<1>)]
     max_new_tokens: usize,
     /// Divides the logits; 0 takes the most probable token.
     #[arg(long, default_value_t = 0.0)]
@@ -56,7 +58,7 @@ pub(crate) struct Generate {
     #[arg(long)]
     stop: Vec<String>,
     /// Responses decoded together; changes no result.
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 16, value_parser = at_least::<1>)]
     batch: usize,
     /// Seed of the sampling.
     #[arg(long, default_value_t = 1)]
@@ -81,21 +83,9 @@ struct Line<'a> {
 
 impl Generate {
     pub(crate) fn run(self) -> Result<(), Failure> {
-        if let Some(out) = self
-            .out
-            .as_ref()
-            .filter(|out| out.exists() && !self.overwrite)
-        {
-            let out = out.display();
-            return Err(Failure::input(format!(
-                "`{out}` exists: give `--overwrite` or another `--out`"
-            )));
-        }
-        let parent = self.out.as_ref().and_then(|out| out.parent());
-        if parent.is_some_and(|parent| !parent.as_os_str().is_empty() && !parent.is_dir()) {
-            return Err(Failure::input(
-                "`--out` lies in no directory that exists".to_owned(),
-            ));
+        if let Some(out) = &self.out {
+            let inputs = [Some(&self.model), self.adapter.as_ref(), self.data.as_ref()];
+            check_file("--out", out, self.overwrite, &inputs)?;
         }
         let model = ModelSettings {
             path: self.model.clone(),
@@ -158,7 +148,7 @@ impl Generate {
                 sample: generation.sample,
                 response: match generation.text {
                     Some(text) => text,
-                    None => tokenizer.decode_plain(&generation.token_ids)?,
+                    None => text(&generation.token_ids),
                 },
                 finish: match generation.finish {
                     Finish::Eos => "eos",
@@ -195,6 +185,18 @@ impl Generate {
         };
         let options = settings.tokenize_options(workspace.decoder.config().vocab_size);
         let template = workspace.template.as_ref();
-        Ok(tokenize_prompts(&data, &workspace.tokenizer, template, &options)?.items)
+        let prompts = tokenize_prompts(&data, &workspace.tokenizer, template, &options)?.items;
+        for prompt in &prompts {
+            let fits = workspace
+                .decoder
+                .config()
+                .check_length(prompt.prompt.len() + 1);
+            fits.map_err(|error| Error::Record {
+                path: data.path().into(),
+                line: prompt.id as usize,
+                what: format!("with one token of a response, {error}"),
+            })?;
+        }
+        Ok(prompts)
     }
 }

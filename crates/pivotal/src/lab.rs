@@ -12,7 +12,7 @@ use pivotal_lab::{
 
 use crate::failure::Failure;
 use crate::machine;
-use crate::output::print_line;
+use crate::output::{check_file, print_line, tell};
 use crate::studies;
 
 /// `pivotal lab`.
@@ -87,7 +87,7 @@ impl Lab {
             LabCommand::Grid { seeds } => {
                 let threads = machine::threads(threads);
                 let settings = GridSettings { seeds, threads };
-                let result = grid(&settings, &mut |line| eprintln!("{line}"))?;
+                let result = grid(&settings, &mut tell)?;
                 print_line(&format!(
                     "start policy: {:.3}\n\n{}",
                     result.start,
@@ -117,7 +117,7 @@ impl Lab {
                     trainers: trainers.into_iter().map(Trainer::from).collect(),
                     threads: machine::threads(threads),
                 };
-                let result = trainers_grid(&settings, &mut |line| eprintln!("{line}"))?;
+                let result = trainers_grid(&settings, &mut tell)?;
                 let table = result.to_markdown();
                 print_line(&format!("start policy: {:.3}\n\n{table}", result.start))
             }
@@ -126,17 +126,14 @@ impl Lab {
 }
 
 fn make_start_policy(out: Option<PathBuf>) -> Result<(), Failure> {
-    if let Some(out) = out.as_ref().filter(|out| out.exists()) {
-        return Err(Failure::input(format!(
-            "`{}` exists: give another `--out`",
-            out.display()
-        )));
+    if let Some(out) = &out {
+        check_file("--out", out, false, &[])?;
     }
     let settings = StartPolicySettings::EMBEDDED;
     let steps = settings.steps;
     let policy = start_policy::train(&settings, None, &mut |step, metrics| {
         if step % 100 == 0 || step == steps {
-            eprintln!("step {step} of {steps}: loss {:.4}", metrics.loss);
+            tell(&format!("step {step} of {steps}: loss {:.4}", metrics.loss));
         }
     })?;
     let bytes = start_policy::to_bytes(&policy)?;

@@ -78,6 +78,11 @@ impl Logps {
                     .remove(0)
             }
         };
+        // JSON has no number for what is none.
+        if let Some(index) = token_logps.iter().position(|logp| !logp.is_finite()) {
+            let what = format!("log-probability of token {}", index + 1);
+            return Err(pivotal_model::Error::NotFinite { what }.into());
+        }
         let line = serde_json::to_string(&Line {
             token_ids,
             token_logps,

@@ -2,9 +2,6 @@
 //!
 //! Exit codes: 0 done, 1 the system's fault, 2 the input's, 3 the run diverged.
 
-// Printing is what this crate is for.
-#![allow(clippy::print_stdout, clippy::print_stderr)]
-
 #[expect(unsafe_code, reason = "a global allocator cannot be written without")]
 mod allocator;
 mod bench;
@@ -38,7 +35,7 @@ const STACK: usize = 8 << 20;
 #[command(version, max_term_width = 100)]
 struct Arguments {
     /// Threads to compute with; 0 takes one a core. Results do not depend on it.
-    #[arg(long, global = true, default_value_t = 0)]
+    #[arg(long, global = true, default_value_t = 0, value_parser = thread_count)]
     threads: usize,
     #[command(subcommand)]
     command: Command,
@@ -77,9 +74,19 @@ fn main() -> ExitCode {
     match run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("error: {failure}");
+            output::tell(&format!("error: {failure}"));
             ExitCode::from(failure.kind.exit_code())
         }
+    }
+}
+
+/// More threads than any processor has cores; tens of thousands take the system minutes to start, or for ever.
+const MOST_THREADS: usize = 1024;
+
+fn thread_count(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(threads) if threads <= MOST_THREADS => Ok(threads),
+        _ => Err(format!("expected a whole number up to {MOST_THREADS}")),
     }
 }
 

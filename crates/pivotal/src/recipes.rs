@@ -3,19 +3,21 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use pivotal_core::same_file;
 use pivotal_train::annotate::{AnnotateConfig, AnnotateRunFlags};
 use pivotal_train::dpo::{DpoConfig, DpoRunFlags};
 use pivotal_train::grpo::{GrpoConfig, GrpoRunFlags};
 use pivotal_train::ppo::{PpoConfig, PpoRunFlags};
 use pivotal_train::reject::{RejectConfig, RejectRunFlags};
 use pivotal_train::reward::{RewardConfig, RewardRunFlags};
+use pivotal_train::settings::path_value;
 use pivotal_train::sft::{SftConfig, SftFlags};
 use pivotal_train::{Result as TrainResult, StartMode, read_config, show_config};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::failure::Failure;
-use crate::output::{print, print_line};
+use crate::output::{print, print_line, tell};
 
 /// What every recipe takes besides its own flags.
 #[derive(Args)]
@@ -32,7 +34,7 @@ struct Common {
 #[derive(Args)]
 struct Start {
     /// Continue this run from its last checkpoint, under its own configuration.
-    #[arg(long, value_name = "RUN", conflicts_with_all = ["config", "overwrite"])]
+    #[arg(long, value_name = "RUN", conflicts_with_all = ["config", "overwrite"], value_parser = path_value())]
     resume: Option<PathBuf>,
     /// Replace an existing run directory.
     #[arg(long)]
@@ -142,6 +144,15 @@ impl Annotate {
         if self.common.show_config {
             return print(show_config(&config).as_bytes());
         }
+        if let Some(file) = &self.common.config
+            && same_file(file, &config.annotate.records)
+        {
+            return Err(pivotal_train::Error::InputReplaced {
+                path: config.annotate.records,
+                input: file.clone(),
+            }
+            .into());
+        }
         let summary = pivotal_train::annotate::annotate(&config, self.overwrite)?;
         warn(&summary.warnings);
         say(&summary)
@@ -178,7 +189,7 @@ fn say_ppo(summary: &pivotal_train::ppo::Summary) -> Result<(), Failure> {
 
 fn warn(warnings: &[String]) {
     for warning in warnings {
-        eprintln!("warning: {warning}");
+        tell(&format!("warning: {warning}"));
     }
 }
 

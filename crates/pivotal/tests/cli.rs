@@ -20,6 +20,8 @@ mod ppo;
 mod progress;
 #[path = "cli/recipes.rs"]
 mod recipes;
+#[path = "cli/refused.rs"]
+mod refused;
 #[path = "cli/reject.rs"]
 mod reject;
 #[path = "cli/resume.rs"]
@@ -28,7 +30,10 @@ mod resume;
 mod sft;
 #[path = "cli/studies.rs"]
 mod studies;
+#[path = "cli/written.rs"]
+mod written;
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
@@ -47,13 +52,8 @@ fn golden(family: &str) -> PathBuf {
         .join(family)
 }
 
-/// The tiny Llama with a chat template, in `chat`.
-fn chat_model(scratch: &Scratch) {
-    chat_model_at(scratch, "chat");
-}
-
-/// The same in a directory of this name.
-fn chat_model_at(scratch: &Scratch, name: &str) {
+/// A copy of the tiny Llama to change, in a directory of this name.
+fn model_at(scratch: &Scratch, name: &str) -> PathBuf {
     let model = scratch.path(name);
     std::fs::create_dir(&model).unwrap();
     for file in std::fs::read_dir(golden("llama")).unwrap() {
@@ -62,6 +62,17 @@ fn chat_model_at(scratch: &Scratch, name: &str) {
             std::fs::copy(file.path(), model.join(file.file_name())).unwrap();
         }
     }
+    model
+}
+
+/// The tiny Llama with a chat template, in `chat`.
+fn chat_model(scratch: &Scratch) {
+    chat_model_at(scratch, "chat");
+}
+
+/// The same in a directory of this name.
+fn chat_model_at(scratch: &Scratch, name: &str) {
+    let model = model_at(scratch, name);
     let template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% else %}|{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
     std::fs::write(model.join("chat_template.jinja"), template).unwrap();
 }
@@ -89,6 +100,11 @@ impl Scratch {
     }
 
     fn run(&self, command: &str) -> Output {
+        self.run_with(command, &[])
+    }
+
+    /// Runs a command with arguments that white space does not part, or that are no text.
+    fn run_with(&self, command: &str, more: &[&OsStr]) -> Output {
         let model = golden("llama");
         let arguments = command.split_whitespace().map(|argument| match argument {
             "MODEL" => model.display().to_string(),
@@ -98,6 +114,7 @@ impl Scratch {
             .unwrap()
             .current_dir(self.0.path())
             .args(arguments)
+            .args(more)
             .output()
             .unwrap()
     }

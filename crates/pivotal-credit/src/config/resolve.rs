@@ -6,6 +6,9 @@ use crate::{
     Weighting, Width,
 };
 
+/// A mean is kept for every bin; more than a response has tokens tell no more positions apart.
+const MOST_BINS: usize = 65_536;
+
 impl CreditConfig {
     /// Checks every key and fills in the defaults of the rules chosen.
     ///
@@ -78,10 +81,17 @@ impl CreditConfig {
             },
             BaselineRule::PositionMean => Baseline::PositionMean {
                 positions: self.baseline_positions.unwrap_or(Positions::Relative),
-                bins: at_least_one("baseline_bins", self.baseline_bins.unwrap_or(10))?,
+                bins: self.resolve_bins()?,
                 decay: decay()?,
             },
         })
+    }
+
+    fn resolve_bins(&self) -> Result<usize> {
+        match at_least_one("baseline_bins", self.baseline_bins.unwrap_or(10))? {
+            bins if bins > MOST_BINS => Err(domain("baseline_bins", "at most 65536", bins)),
+            bins => Ok(bins),
+        }
     }
 
     fn resolve_cut(&self) -> Result<Cut> {

@@ -109,6 +109,7 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
         &options,
     )?;
     let pairs = tokenized.items;
+    workspace.check_pairs(&config.data.path, &pairs)?;
 
     let mut credit_config = config.credit.clone();
     let known = match config.dpo.signals.as_os_str().is_empty() {

@@ -65,20 +65,24 @@ pub enum Check {
 #[serde(try_from = "String", into = "String")]
 pub struct Pattern(Regex);
 
+impl Pattern {
+    /// Compiles it, or says why it cannot.
+    pub(crate) fn new(text: &str) -> Result<Self, String> {
+        // Its own message is several lines with a caret under the fault; the last one says what it is.
+        let why = |error: regex::Error| {
+            let error = error.to_string();
+            let why = error.lines().last().unwrap_or_default();
+            why.trim_start_matches("error: ").to_owned()
+        };
+        Regex::new(text).map(Self).map_err(why)
+    }
+}
+
 impl TryFrom<String> for Pattern {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        match Regex::new(&text) {
-            Ok(regex) => Ok(Self(regex)),
-            // Its own message is several lines with a caret under the fault; the last one says what it is.
-            Err(error) => {
-                let error = error.to_string();
-                let why = error.lines().last().unwrap_or_default();
-                let why = why.trim_start_matches("error: ");
-                Err(format!("`{text}` is no regular expression: {why}"))
-            }
-        }
+        Self::new(&text).map_err(|why| format!("`{text}` is no regular expression: {why}"))
     }
 }
 

@@ -49,7 +49,7 @@ impl Evaluator {
     /// Reads the held-out prompts; `None` where the settings name none.
     ///
     /// # Errors
-    /// As [`read_prompts`] and [`Scorer::new`].
+    /// As [`read_prompts`], [`Scorer::new`] and [`Scorer::check_prompts`].
     pub fn new(
         settings: &EvalSettings,
         data: &PromptSettings,
@@ -66,7 +66,8 @@ impl Evaluator {
             ..data.clone()
         };
         let prompts = read_prompts(&data, workspace)?;
-        let scorer = Scorer::new(score, &prompts, workspace, precision, micro_batch_tokens)?;
+        let scorer = Scorer::new(score, workspace, precision, micro_batch_tokens)?;
+        scorer.check_prompts("eval-data", &data.path, &prompts)?;
         Ok(Some(Self {
             prompts,
             scorer,

@@ -126,7 +126,7 @@ impl Sampler {
             text: &text,
         };
         let stop = (!self.stop.is_empty()).then_some(stop);
-        let mut rollouts = Vec::with_capacity(requests.len() * settings.samples);
+        let mut rollouts = Vec::new();
         let stats = generator
             .sample_many(&requests, &settings, stop, &mut |generation| {
                 rollouts.push(Rollout {

@@ -1,9 +1,11 @@
 //! The score of each response: checks, a reward model, or both weighted.
 
+use std::path::Path;
+
 use pivotal_loss::ScoreAggregation;
 use pivotal_model::{Finish, RewardModel};
 
-use super::check::Check;
+use super::check::{Check, Pattern};
 use super::command::CommandCheck;
 use super::prompts::Prompt;
 use super::sample::{Rollout, groups_of};
@@ -41,14 +43,12 @@ pub struct Scorer {
 }
 
 impl Scorer {
-    /// The scorer that `settings` name, for `prompts`: each must have something to be scored by.
+    /// The scorer that `settings` name.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a regular expression that is none or a model without a value head, or if a prompt has neither a
-    /// check nor anything else that scores it.
+    /// [`Error::Setting`] for a regular expression that is none or a model without a value head.
     pub fn new(
         settings: &ScoreSettings,
-        prompts: &[Prompt],
         workspace: &Workspace,
         precision: Precision,
         micro_batch_tokens: usize,
@@ -56,10 +56,10 @@ impl Scorer {
         let everywhere = match settings.regex.is_empty() {
             true => vec![],
             false => {
-                let pattern = settings.regex.clone().try_into();
-                let pattern = pattern.map_err(|found| Error::Setting {
+                let pattern = Pattern::new(&settings.regex);
+                let pattern = pattern.map_err(|why| Error::Setting {
                     key: "regex",
-                    found,
+                    found: format!("`{}` ({why})", settings.regex),
                     expected: "a regular expression",
                 })?;
                 vec![Check::Regex { pattern }]
@@ -68,25 +68,34 @@ impl Scorer {
         let path = &settings.reward_model;
         let reward_model = match path.as_os_str().is_empty() {
             true => None,
-            false => Some(workspace.reward_model(path, precision)?),
+            false => Some(workspace.reward_model("reward-model", path, precision)?),
         };
-        let scorer = Self {
+        Ok(Self {
             settings: settings.clone(),
             everywhere,
             command: CommandCheck::new(&settings.command, settings.command_seconds),
             reward_model,
             micro_batch_tokens,
-        };
-        let general = scorer.reward_model.is_some()
-            || scorer.command.is_some()
-            || !scorer.everywhere.is_empty();
+        })
+    }
+
+    /// Checks that each of `prompts`, of the file that the setting `key` names, has something to be scored by.
+    ///
+    /// # Errors
+    /// [`Error::Record`], naming the row that has neither a check nor anything else.
+    pub fn check_prompts(&self, key: &str, path: &Path, prompts: &[Prompt]) -> Result<()> {
+        let general =
+            self.reward_model.is_some() || self.command.is_some() || !self.everywhere.is_empty();
         match prompts.iter().find(|prompt| prompt.checks.is_empty()) {
-            Some(prompt) if !general => Err(Error::Setting {
-                key: "data",
-                found: format!("without `answer` or `checks` in row {}", prompt.id),
-                expected: "something that scores every row: checks, `--regex`, `--command` or `--reward-model`",
+            Some(prompt) if !general => Err(Error::Record {
+                path: path.into(),
+                line: prompt.id as usize,
+                what: format!(
+                    "there is no `answer` and no `checks`, expected something that scores every row of `--{key}`: \
+                     checks, `--regex`, `--command` or `--reward-model`"
+                ),
             }),
-            _ => Ok(scorer),
+            _ => Ok(()),
         }
     }
 

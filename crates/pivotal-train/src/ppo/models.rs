@@ -49,7 +49,7 @@ impl Models {
                 RewardModel::new(fresh(base)?, settings.head_init.into(), value_seed)?
             }
             path => {
-                let mut scored = workspace.reward_model(path, precision)?;
+                let mut scored = workspace.reward_model("value-model", path, precision)?;
                 let decoder = match scored.decoder.adapter(None) {
                     Some(adapter) => base.with_adapter(&adapter)?,
                     None => fresh(scored.decoder.clone())?,

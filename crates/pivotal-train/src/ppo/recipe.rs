@@ -153,7 +153,8 @@ pub fn train(config: &PpoConfig, mode: StartMode) -> Result<Summary> {
     let prompts = read_prompts(&config.data, &workspace)?;
     let warnings = prompt_warnings(&config.data.path, &workspace)?;
     let budget = config.optimizer.micro_batch_tokens;
-    let scorer = Scorer::new(&config.score, &prompts, &workspace, precision, budget)?;
+    let scorer = Scorer::new(&config.score, &workspace, precision, budget)?;
+    scorer.check_prompts("data", &config.data.path, &prompts)?;
     let evaluator = Evaluator::new(
         &config.eval,
         &config.data,

@@ -38,7 +38,12 @@ impl clap::Args for NoCreditFlags {
     fn augment_args(command: Command) -> Command {
         let flags = CreditConfig::FIELDS.iter().map(|field| field.flag);
         flags.fold(command, |command, flag| {
-            command.arg(Arg::new(flag).long(flag).hide(true))
+            command.arg(
+                Arg::new(flag)
+                    .long(flag)
+                    .hide(true)
+                    .allow_negative_numbers(true),
+            )
         })
     }
 

@@ -83,6 +83,7 @@ pub fn train(config: &RewardConfig, mode: StartMode) -> Result<Summary> {
         &options,
     )?;
     let pairs = tokenized.items;
+    workspace.check_pairs(&config.data.path, &pairs)?;
 
     let seed = config.run.seed;
     let decoder = workspace.trainable(&config.lora, seed)?;

@@ -113,6 +113,9 @@ pub fn train(config: &SftConfig, mode: StartMode) -> Result<Summary> {
         .data
         .tokenize_options(workspace.decoder.config().vocab_size);
     let mut responses = Responses::of(&data, &workspace, &options)?;
+    let rows = responses.items.iter();
+    let rows = rows.map(|item| (item.id, item.prompt.len() + item.response.len()));
+    workspace.check_rows(&config.data.path, rows)?;
     credit_config.signal = match has_records {
         true => responses.read_signals(signals)?,
         false => Signal::External,

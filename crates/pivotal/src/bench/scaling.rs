@@ -21,6 +21,7 @@ use crate::bench::subject::{mask, random_pairs};
 use crate::bench::training::{Steps, optimizer_settings, timed_warm};
 use crate::failure::Failure;
 use crate::machine;
+use crate::output::{print_line, tell};
 
 const PROMPT: usize = 128;
 const RESPONSES: [usize; 7] = [64, 128, 256, 512, 1024, 2048, 4096];
@@ -69,10 +70,10 @@ fn suite<T: Task>(bench: &Bench, task: &mut T) -> Result<Vec<Outcome>, Failure> 
     let mut probes: Vec<Probe> = Vec::new();
     for &response in fitting {
         if let Some(shortage) = probes.last().and_then(|last| shortage(bench, *last)) {
-            println!(
+            print_line(&format!(
                 "{} stops before responses of {response}: {shortage}",
                 T::NAME
-            );
+            ))?;
             break;
         }
         let counted = machine::reset_peak();
@@ -133,7 +134,7 @@ fn point<T: Task>(
     if pairs > 1 {
         task.run(&items, 0)?;
     }
-    eprintln!("{}: responses of {}", T::NAME, probe.response);
+    tell(&format!("{}: responses of {}", T::NAME, probe.response));
     let repetitions = timed_warm(&step, bench.settings.repeat, |_, number| {
         task.run(&items, number).map(|()| None)
     })?;

@@ -220,7 +220,7 @@ fn what_is_wrong_is_said_before_a_run_is_made() {
     for (command, parts) in [
         (
             format!("{model} --data bare.jsonl --credit-selection all"),
-            &["row 1", "--reward-model"][..],
+            &["`bare.jsonl`, line 1", "--reward-model"][..],
         ),
         (
             format!("{model} --data odd.jsonl --credit-selection all"),
