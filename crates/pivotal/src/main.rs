@@ -91,6 +91,11 @@ fn thread_count(text: &str) -> Result<usize, String> {
 }
 
 fn run(arguments: Arguments) -> Result<(), Failure> {
+    pivotal_kernels::allowed_processor().map_err(|value| {
+        Failure::input(format!(
+            "`PIVOTAL_PROCESSOR` is `{value}`, expected `portable`, `avx512` or `amx`"
+        ))
+    })?;
     rayon::ThreadPoolBuilder::new()
         .num_threads(arguments.threads)
         .stack_size(STACK)

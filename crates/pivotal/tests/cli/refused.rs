@@ -209,6 +209,41 @@ fn a_weight_that_is_no_number_ends_both_commands_that_read_it_alike() {
 }
 
 #[test]
+fn a_processor_that_is_none_is_refused_and_a_lesser_one_agrees() {
+    let scratch = scratch();
+    let logps = |processor: &str| {
+        let output = assert_cmd::Command::cargo_bin("pivotal")
+            .unwrap()
+            .env("PIVOTAL_PROCESSOR", processor)
+            .args(["logps", "--text", "hello", "--model"])
+            .arg(model_at(&scratch, processor))
+            .output()
+            .unwrap();
+        let said = [output.stdout, output.stderr].concat();
+        (output.status.code(), String::from_utf8(said).unwrap())
+    };
+    let (code, error) = logps("sse2");
+    assert_eq!(code, Some(2), "{error}");
+    says(&error, &["`PIVOTAL_PROCESSOR` is `sse2`", "`avx512`"]);
+    let [portable, most] = ["portable", "amx"].map(|processor| {
+        let (code, line) = logps(processor);
+        assert_eq!(code, Some(0), "{line}");
+        let line: serde_json::Value = serde_json::from_str(&line).unwrap();
+        let logps = line["token_logps"].as_array().unwrap().clone();
+        logps
+            .iter()
+            .map(|logp| logp.as_f64().unwrap())
+            .collect::<Vec<_>>()
+    });
+    assert!(portable.len() > 1 && portable.len() == most.len());
+    let close = |(one, other): (&f64, &f64)| (one - other).abs() < 0.05;
+    assert!(
+        portable.iter().zip(&most).all(close),
+        "{portable:?} {most:?}"
+    );
+}
+
+#[test]
 fn ids_of_a_padded_vocabulary_show_nothing() {
     let scratch = scratch();
     let path = model_at(&scratch, "padded").join("tokenizer.json");
