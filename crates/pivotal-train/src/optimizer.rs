@@ -316,7 +316,7 @@ impl<const D: usize> Update<D> {
         });
         let (value, state) = rule.step(lr, self.value, gradient, state);
         let state = state.expect("AdamW has moments");
-        let finite = is_finite(&value);
+        let (value, finite) = checked(value);
         let value = value.autodiff().require_grad();
         let moved = Moved {
             value,
@@ -335,19 +335,23 @@ struct Moved<const D: usize> {
     finite: bool,
 }
 
-fn is_finite<const D: usize>(value: &Tensor<D>) -> bool {
-    if value.device() != Device::flex() {
+/// The same value, and whether every element of it is finite.
+fn checked<const D: usize>(value: Tensor<D>) -> (Tensor<D>, bool) {
+    let device = value.device();
+    if device != Device::flex() {
         let all = value.clone().is_finite().all().into_data();
-        return all.iter::<bool>().all(|finite| finite);
+        return (value, all.iter::<bool>().all(|finite| finite));
     }
-    let data = value.to_data();
+    // Out of its tensor and back into one: nothing is copied, as it would be out of a clone.
+    let data = value.into_data();
     let values = data.as_slice::<f32>().expect("parameters are f32");
     // A chunk is looked at as a whole, in lanes.
-    values.chunks(1024).all(|chunk| {
+    let finite = values.chunks(1024).all(|chunk| {
         chunk
             .iter()
             .fold(true, |finite, value| finite & value.is_finite())
-    })
+    });
+    (Tensor::from_data(data, &device), finite)
 }
 
 /// The first name, in their order, whose value is not finite.

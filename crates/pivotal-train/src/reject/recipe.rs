@@ -288,7 +288,7 @@ impl Training<'_> {
             self.learn(rounds, &sampled, &mut state, &files, &mut last)?;
             let timings = self.clock.lap(round, tokens)?;
             let credit = &last_round.credit;
-            let learnt = last.clone().unwrap_or_default();
+            let learnt = last.unwrap_or_default();
             let numbers = StepNumbers {
                 loss: learnt.loss,
                 score: Some(last_round.score),
