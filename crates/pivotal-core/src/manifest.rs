@@ -19,6 +19,9 @@ pub struct Manifest {
     pub threads: usize,
     /// BLAKE3 of each input, by the path it was given as.
     pub inputs: Vec<FileHash>,
+    /// BLAKE3 of the lines of `config.toml` that make the run what it is; absent where there is no such file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config_blake3: Option<String>,
 }
 
 /// An input file and its hash.

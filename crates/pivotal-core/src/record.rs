@@ -48,6 +48,9 @@ pub struct CreditRecord {
     pub baseline: Vec<f32>,
     /// The offset δ used.
     pub offset: f32,
+    /// The jump threshold τ used, by the cut rule `jump`; absent by any other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub jump: Option<f32>,
     /// The segments; they tile the response.
     pub segments: Vec<SegmentRecord>,
     /// The whole response's sign.
@@ -148,6 +151,7 @@ impl CreditRecord {
         finite("signal", &self.signal)?;
         finite("baseline", &self.baseline)?;
         finite("offset", &[self.offset])?;
+        finite("jump", self.jump.as_slice())?;
         self.tiles()
     }
 
@@ -200,6 +204,7 @@ mod tests {
             signal: vec![0.5, -0.5, 0.5],
             baseline: vec![0.0],
             offset: 0.1,
+            jump: None,
             segments: vec![
                 SegmentRecord {
                     start: 0,
@@ -228,6 +233,23 @@ mod tests {
         let back: CreditRecord = serde_json::from_str(&line).unwrap();
         assert_eq!(back, record());
         back.validate().unwrap();
+    }
+
+    #[test]
+    fn a_record_without_a_jump_is_one_of_before_there_were_any() {
+        let line = serde_json::to_string(&record()).unwrap();
+        assert!(!line.contains("jump"), "{line}");
+        let mut jumping = record();
+        jumping.jump = Some(0.25);
+        let line = serde_json::to_string(&jumping).unwrap();
+        assert!(line.contains("\"offset\":0.1,\"jump\":0.25,"), "{line}");
+        assert_eq!(
+            serde_json::from_str::<CreditRecord>(&line).unwrap(),
+            jumping
+        );
+        jumping.jump = Some(f32::INFINITY);
+        let error = jumping.validate().unwrap_err().to_string();
+        assert_eq!(error, "`jump` is not finite at token 0");
     }
 
     #[test]

@@ -108,9 +108,18 @@ impl Credit {
     /// token has no segment and an empty mask.
     ///
     /// # Errors
-    /// [`crate::Error::NotFinite`], [`crate::Error::Length`], [`crate::Error::Missing`] or [`crate::Error::Offset`], naming the
-    /// response; then nothing was learnt from the batch.
+    /// [`crate::Error::NotFinite`], [`crate::Error::Length`], [`crate::Error::Missing`], [`crate::Error::Offset`] or
+    /// [`crate::Error::Overflow`], naming the response; then nothing was learnt from the batch.
     pub fn assign(&mut self, batch: &[Response<'_>]) -> Result<Vec<ResponseCredit>> {
+        let before = self.state.clone();
+        let given = self.assign_next(batch);
+        if given.is_err() {
+            self.state = before;
+        }
+        given
+    }
+
+    fn assign_next(&mut self, batch: &[Response<'_>]) -> Result<Vec<ResponseCredit>> {
         batch.iter().try_for_each(|response| self.check(response))?;
         let owns: Vec<Own> = batch.iter().map(|response| self.own(response)).collect();
         let signals: Vec<(u64, &[f32])> = batch
@@ -121,6 +130,7 @@ impl Credit {
         self.calibrate(batch, &owns)?;
         let baselines = self.state.baseline.resolve(&signals);
         let widths = self.widths(&owns);
+        self.check_widths(batch, &owns, widths)?;
 
         let mut scored: Vec<Scored> = batch
             .iter()
@@ -128,6 +138,9 @@ impl Credit {
             .zip(&baselines)
             .map(|((response, own), baseline)| self.score(response, own, baseline, widths))
             .collect();
+        for (response, scored) in batch.iter().zip(&scored) {
+            self.check_scores(response.id, &scored.segments)?;
+        }
         self.select(batch, &owns, &mut scored);
         self.state.batches += 1;
 

@@ -135,6 +135,20 @@ pub enum Error {
         /// The value met.
         value: f32,
     },
+    /// A number that finite signals come to and that f32 does not hold.
+    #[error(
+        "`{column}` comes to {value} with signal `{signal}` of response {id}, expected a finite number: the signal is too large"
+    )]
+    Overflow {
+        /// Name of the number.
+        column: &'static str,
+        /// Which signal.
+        signal: Signal,
+        /// The response's id.
+        id: u64,
+        /// The value met.
+        value: f32,
+    },
     /// A calibration split without tokens of both sides.
     #[error(
         "`baseline = calibrated` has {positive} tokens of positive and {negative} of negative responses in its calibration split, expected some of both; raise `baseline_calibration`"
@@ -167,7 +181,11 @@ impl HasKind for Error {
     fn kind(&self) -> ErrorKind {
         match self {
             // A column of the data is the input's fault; a computed signal means a model diverged.
-            Self::NotFinite { signal, .. } if *signal != Signal::External => ErrorKind::NotFinite,
+            Self::NotFinite { signal, .. } | Self::Overflow { signal, .. }
+                if *signal != Signal::External =>
+            {
+                ErrorKind::NotFinite
+            }
             Self::NotFiniteColumn { .. } | Self::NotFiniteToken { .. } => ErrorKind::NotFinite,
             _ => ErrorKind::Input,
         }

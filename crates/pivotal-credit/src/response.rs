@@ -119,6 +119,7 @@ impl ResponseCredit {
             signal: self.signal,
             baseline: self.baseline,
             offset: self.offset,
+            jump: self.jump,
             segments: self.segments,
             sequence_sign: self.sequence_sign,
             keep: self.keep.as_slice().to_vec(),

@@ -567,3 +567,45 @@ fn defaults_are_the_documented_ones() {
         (Selection::Agree, Weighting::Hard, 1)
     );
 }
+
+#[test]
+fn finite_signals_whose_numbers_are_not_are_refused_by_the_response() {
+    let small = [0.5, -0.5];
+    let refused = |toml: &str, large: &[f32]| {
+        let mut credit = Credit::new(rule(toml), 1);
+        let before = credit.state().clone();
+        let response = |id, signal| Response::new(id, 0, signal, Sign::Positive);
+        let batch = [response(7, &small[..]), response(8, large)];
+        let error = credit.assign(&batch).unwrap_err();
+        assert_eq!(*credit.state(), before, "{toml}");
+        assert_eq!(error.kind(), ErrorKind::NotFinite, "{toml}");
+        error.to_string()
+    };
+    let up = [3e38, 3e38, 0.5, 0.5];
+    let apart = [3e38, -3e38, 0.5, 0.5];
+    let running = "baseline = 'running_mean'";
+    for (toml, signal, said) in [
+        (
+            format!("signal = 'level'\ncut = 'sequence'\nscore = 'sum'\n{running}"),
+            up,
+            "`segments.score` comes to inf with signal `level` of response 8",
+        ),
+        (
+            format!("signal = 'level'\noffset_std = 2.0\n{running}"),
+            apart,
+            "`offset` comes to inf with signal `level` of response 8",
+        ),
+        (
+            "signal = 'level'\ncut = 'jump'\njump_std = 1.0".to_owned(),
+            apart,
+            "with signal `level` of response 8",
+        ),
+    ] {
+        let error = refused(&toml, &signal);
+        assert!(error.contains(said), "{toml}: {error}");
+    }
+    // A column of the data is the input's fault.
+    let mut credit = Credit::new(rule("signal = 'external'\noffset_std = 2.0"), 1);
+    let error = credit.assign(&[Response::new(1, 0, &apart, Sign::Positive)]);
+    assert_eq!(error.unwrap_err().kind(), ErrorKind::Input);
+}

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::error::{Error, Result};
 use crate::progress;
-use crate::run::{manifest, write_beside};
+use crate::run::{check_files, manifest, write_beside};
 use crate::score::{Group, token_logps_told, token_values_told};
 use crate::settings::{
     AnnotateFlags, AnnotateSettings, AnnotatedSignal, CreditFlags, DataFlags, DataSettings,
@@ -59,8 +59,14 @@ pub fn annotate(config: &AnnotateConfig, overwrite: bool) -> Result<Summary> {
     let path = &config.annotate.records;
     check_records(config, overwrite)?;
     config.annotate.check()?;
+    check_files(&[&config.data.path])?;
     let data = DataSet::read(&config.data.path, ReadOptions::default())?;
-    let workspace = Workspace::load_packed(&config.model)?;
+    let workspace = match config.annotate.signal {
+        AnnotatedSignal::LogRatio => Workspace::load_packed(&config.model)?,
+        AnnotatedSignal::Level | AnnotatedSignal::Increment => {
+            Workspace::load_below_reward_model(&config.model)?
+        }
+    };
     let options = config
         .data
         .tokenize_options(workspace.decoder.config().vocab_size);

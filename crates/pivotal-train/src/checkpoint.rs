@@ -76,7 +76,7 @@ pub(crate) fn save_more(
     std::fs::rename(&temporary, &path)
         .and_then(|()| sync_directory(&directory))
         .map_err(|source| write_error(&path, source))?;
-    for old in list(run).iter().rev().skip(KEPT) {
+    for old in list(run)?.iter().rev().skip(KEPT) {
         std::fs::remove_dir_all(old).map_err(|source| write_error(old, source))?;
     }
     Ok(())
@@ -86,7 +86,7 @@ pub(crate) fn save_more(
 fn tidy(run: &Path) {
     // A courtesy: what stays takes room and harms nothing.
     let _ = std::fs::remove_dir_all(run.join("checkpoints/.unfinished"));
-    for old in list(run).iter().rev().skip(KEPT) {
+    for old in list(run).iter().flatten().rev().skip(KEPT) {
         let _ = std::fs::remove_dir_all(old);
     }
 }
@@ -94,7 +94,8 @@ fn tidy(run: &Path) {
 /// Puts the newest checkpoint that loads into `model` and `optimizer`, and returns its step.
 ///
 /// # Errors
-/// [`Error::NoCheckpoint`] with the fault of each, if none loads; [`Error::Checkpoint`] if it belongs to another model.
+/// [`Error::NoCheckpoint`] with the fault of each, if none loads; [`Error::Checkpoint`] if it belongs to another model;
+/// [`Error::File`] if it cannot be said which there are.
 pub(crate) fn restore(
     run: &Path,
     model: &mut impl Parameters,
@@ -113,7 +114,7 @@ pub(crate) fn restore_more(
     optimizer: &mut NamedAdamW,
 ) -> Result<(u64, String)> {
     let mut reasons = Vec::new();
-    for path in list(run).iter().rev() {
+    for path in list(run)?.iter().rev() {
         match read(path) {
             Ok((state, mut parameters, moments)) => {
                 assign(model, &mut parameters)?;
@@ -181,20 +182,28 @@ fn assign(model: &mut impl Parameters, parameters: &mut Tensors) -> Result<()> {
     }
 }
 
-/// The checkpoints of a run, oldest first.
-fn list(run: &Path) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(run.join("checkpoints"))
-        .into_iter()
-        .flatten()
-        .flatten();
-    let mut paths: Vec<PathBuf> = entries
-        .map(|entry| entry.path())
-        .filter(|path| {
-            path.file_name()
-                .and_then(|name| name.to_str())
-                .is_some_and(|n| n.starts_with("step-"))
-        })
-        .collect();
+/// The checkpoints of a run, oldest first; none where no directory of them was made yet.
+///
+/// # Errors
+/// [`Error::File`] if the directory cannot be read.
+fn list(run: &Path) -> Result<Vec<PathBuf>> {
+    let directory = run.join("checkpoints");
+    let fault = |source| {
+        let path = directory.clone();
+        Error::File(FileError::Read { path, source })
+    };
+    let entries = match std::fs::read_dir(&directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(fault(error)),
+    };
+    let mut paths = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(fault)?;
+        if entry.file_name().to_string_lossy().starts_with("step-") {
+            paths.push(entry.path());
+        }
+    }
     paths.sort();
-    paths
+    Ok(paths)
 }

@@ -147,7 +147,7 @@ pub fn gradients(
     sums.shifts.report(&mut metrics, loss.uses_reference());
     if loss.uses_reference() {
         let drift = sums.drift;
-        let mean = |sum: f64| Some(sum / drift.tokens.max(1) as f64);
+        let mean = |sum: f64| (drift.tokens > 0).then(|| sum / drift.tokens as f64);
         metrics.kl_k1 = mean(drift.k1);
         metrics.kl_k2 = mean(drift.k2);
         metrics.kl_k3 = mean(drift.k3);

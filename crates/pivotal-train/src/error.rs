@@ -81,6 +81,18 @@ pub enum Error {
         /// The directory.
         path: PathBuf,
     },
+    /// Another process has the run.
+    #[error("`{}` is in use by another run: wait for it to end, or give another `--out`", path.display())]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// An input that can be read only once.
+    #[error("`{}` is a pipe or a device, expected a file: it is read again for its hash; write what it gives to a file first", path.display())]
+    NotAFile {
+        /// The input.
+        path: PathBuf,
+    },
     /// A run that was to be overwritten holds what the new one reads.
     #[error("`{}` lies in `{}`, which `--overwrite` would remove first: give another `--out`", input.display(), path.display())]
     InputInside {
@@ -206,6 +218,16 @@ pub enum Error {
         /// Ids of the samples of that step that have it, where known.
         samples: Vec<u64>,
     },
+    /// The run diverged in the optimizer: its gradient was finite and what became of the weights is not.
+    #[error(
+        "the run diverged: the optimizer left `{tensor}` not finite at step {step}; a lower `lr` or other decays may hold"
+    )]
+    WeightsNotFinite {
+        /// The optimizer step, from 1.
+        step: u64,
+        /// The parameter.
+        tensor: String,
+    },
 }
 
 impl Error {
@@ -250,8 +272,10 @@ impl HasKind for Error {
             Self::Credit(error) => error.kind(),
             Self::Loss(error) => error.kind(),
             // Another build would do; a device that is not there is asked for in vain, like a file that is not there.
-            Self::Device(pivotal_ops::DeviceError::NotBuilt(_)) => ErrorKind::System,
-            Self::NotFinite { .. } => ErrorKind::NotFinite,
+            Self::Device(pivotal_ops::DeviceError::NotBuilt(_)) | Self::InUse { .. } => {
+                ErrorKind::System
+            }
+            Self::NotFinite { .. } | Self::WeightsNotFinite { .. } => ErrorKind::NotFinite,
             _ => ErrorKind::Input,
         }
     }

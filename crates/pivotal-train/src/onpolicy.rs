@@ -30,7 +30,7 @@ pub use layout::{Cutting, Layout, MicroBatch, Minibatch, SamplingGap, gap};
 pub(crate) use prompts::prompt_warnings;
 pub use prompts::{Prompt, read_prompts};
 pub(crate) use record::finish_name;
-pub use record::{RolloutRecord, StepLog};
+pub use record::{RolloutRecord, StepLog, UsedNumbers};
 pub use sample::{Rollout, Sampler, groups_of};
 pub use score::{ResponseScore, Scorer};
 pub use settings::{

@@ -138,7 +138,8 @@ impl NamedAdamW {
     /// One step. Returns the gradient's norm before clipping.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] if the norm is not finite; nothing is updated then.
+    /// [`Error::NotFinite`] if the norm is not finite; nothing is updated then. [`Error::WeightsNotFinite`] naming the first
+    /// parameter that the update made infinite or not a number; the model is of no use then.
     pub fn step(
         &mut self,
         model: &mut impl Parameters,
@@ -176,22 +177,26 @@ impl NamedAdamW {
         });
         let mut matrices = updated(matrices, &self.rule, shrink, lr);
         let mut vectors = updated(vectors, &self.rule, shrink, lr);
+        let broken = [first_broken(&matrices), first_broken(&vectors)];
         model.visit_parameters(&mut |name, parameter| match parameter {
             Parameter::Matrix(tensor) => {
-                if let Some((value, state)) = matrices.remove(name) {
-                    *tensor = value;
-                    self.matrices.insert(name.to_owned(), state);
+                if let Some(moved) = matrices.remove(name) {
+                    *tensor = moved.value;
+                    self.matrices.insert(name.to_owned(), moved.state);
                 }
             }
             Parameter::Vector(tensor) => {
-                if let Some((value, state)) = vectors.remove(name) {
-                    *tensor = value;
-                    self.vectors.insert(name.to_owned(), state);
+                if let Some(moved) = vectors.remove(name) {
+                    *tensor = moved.value;
+                    self.vectors.insert(name.to_owned(), moved.state);
                 }
             }
             Parameter::Packed(_) => {}
         });
-        Ok(norm)
+        match broken.into_iter().flatten().min() {
+            None => Ok(norm),
+            Some(tensor) => Err(Error::WeightsNotFinite { step, tensor }),
+        }
     }
 
     /// The moments and step counts, for a checkpoint: `<name>.moment_1`, `<name>.moment_2`, `<name>.time`.
@@ -311,12 +316,49 @@ impl<const D: usize> Update<D> {
         });
         let (value, state) = rule.step(lr, self.value, gradient, state);
         let state = state.expect("AdamW has moments");
-        (self.name, (value.autodiff().require_grad(), state))
+        let (value, finite) = checked(value);
+        let value = value.autodiff().require_grad();
+        let moved = Moved {
+            value,
+            state,
+            finite,
+        };
+        (self.name, moved)
     }
 }
 
-/// A parameter's value after a step, and its moments.
-type Moved<const D: usize> = (Tensor<D>, AdamWState<D>);
+/// A parameter after a step.
+struct Moved<const D: usize> {
+    value: Tensor<D>,
+    state: AdamWState<D>,
+    /// Whether every element of the value is: the loss of the next step would say so, and a last step has none.
+    finite: bool,
+}
+
+/// The same value, and whether every element of it is finite.
+fn checked<const D: usize>(value: Tensor<D>) -> (Tensor<D>, bool) {
+    let device = value.device();
+    if device != Device::flex() {
+        let all = value.clone().is_finite().all().into_data();
+        return (value, all.iter::<bool>().all(|finite| finite));
+    }
+    // Out of its tensor and back into one: nothing is copied, as it would be out of a clone.
+    let data = value.into_data();
+    let values = data.as_slice::<f32>().expect("parameters are f32");
+    // A chunk is looked at as a whole, in lanes.
+    let finite = values.chunks(1024).all(|chunk| {
+        chunk
+            .iter()
+            .fold(true, |finite, value| finite & value.is_finite())
+    });
+    (Tensor::from_data(data, &device), finite)
+}
+
+/// The first name, in their order, whose value is not finite.
+fn first_broken<const D: usize>(moved: &BTreeMap<String, Moved<D>>) -> Option<String> {
+    let mut broken = moved.iter().filter(|(_, moved)| !moved.finite);
+    broken.next().map(|(name, _)| name.clone())
+}
 
 /// All updates by name.
 fn updated<const D: usize>(
@@ -394,6 +436,23 @@ mod tests {
     fn model(shape: [usize; 2]) -> Model {
         let tensor = Tensor::ones(shape, &Device::flex());
         Model([tensor.autodiff().require_grad()])
+    }
+
+    #[test]
+    fn weights_that_a_step_breaks_are_named() {
+        let mut trained = model([2, 3]);
+        let mut sum = GradientSum::default();
+        let loss = trained.0[0].clone().square().sum();
+        sum.add(&mut trained, &loss.backward());
+        let settings = OptimizerSettings {
+            weight_decay: 1e30,
+            ..OptimizerSettings::default()
+        };
+        let mut optimizer = NamedAdamW::new(&settings);
+        let error = optimizer.step(&mut trained, sum, 1e30, 7).unwrap_err();
+        let said = error.to_string();
+        assert!(said.contains("`weight` not finite at step 7"), "{said}");
+        assert_eq!(pivotal_core::HasKind::kind(&error).exit_code(), 3);
     }
 
     #[test]

@@ -13,7 +13,7 @@
 //! ```
 
 use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -25,16 +25,18 @@ use pivotal_core::{
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::config_file::{read_config, show_config};
+use crate::config_file::show_config;
 use crate::error::{Error, Result};
 use crate::event_file::EventFile;
+use same::{config_hash, same_config, same_recipe, same_run, stored_manifest, unedited};
+
+mod same;
 
 const CONFIG: &str = "config.toml";
 const MANIFEST: &str = "manifest.json";
 const METRICS: &str = "metrics.jsonl";
 const SUMMARY: &str = "summary.json";
 const TENSORBOARD: &str = "tensorboard";
-
 /// What to do with a run directory that is there already.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum StartMode {
@@ -53,14 +55,17 @@ pub struct Run {
     path: PathBuf,
     metrics: File,
     events: Option<EventFile>,
+    /// Open for as long as the run is: see [`hold`].
+    _held: Option<File>,
 }
 
 impl Run {
-    /// Checks that a run may start at `path` under `mode`, before anything is loaded. `inputs` are what it will read: an
-    /// overwritten run must not hold them.
+    /// Checks that a run may start at `path` under `mode`, before anything is loaded. `inputs` are what it will read: files or
+    /// directories, and an overwritten run must not hold them.
     ///
     /// # Errors
-    /// [`Error::Setting`] for an empty path, [`Error::RunExists`], [`Error::NotARun`], [`Error::InputInside`].
+    /// [`Error::Setting`] for an empty path, [`Error::RunExists`], [`Error::NotARun`], [`Error::InUse`], [`Error::InputInside`],
+    /// [`Error::NotAFile`].
     pub fn check(path: &Path, mode: StartMode, inputs: &[&Path]) -> Result<()> {
         if path.as_os_str().is_empty() {
             let expected = "the run directory to make";
@@ -70,10 +75,12 @@ impl Run {
                 expected,
             });
         }
+        check_files(inputs)?;
         match (mode, path.exists()) {
             (StartMode::Fresh, true) => Err(Error::RunExists { path: path.into() }),
             (StartMode::Overwrite, true) => {
                 stored_manifest(path)?;
+                hold(path)?;
                 let inside = |input: &&&Path| match (input.canonicalize(), path.canonicalize()) {
                     (Ok(input), Ok(path)) => input.starts_with(path),
                     _ => false,
@@ -86,16 +93,30 @@ impl Run {
                     None => Ok(()),
                 }
             }
-            (StartMode::Resume, _) => stored_manifest(path).map(|_| ()),
+            (StartMode::Resume, _) => {
+                stored_manifest(path)?;
+                hold(path).map(|_| ())
+            }
             _ => Ok(()),
         }
+    }
+
+    /// Checks that `path` is a run of `recipe` with the configuration that it began with, before that is read.
+    ///
+    /// # Errors
+    /// [`Error::NotARun`]; [`Error::OtherConfig`] if it is of another recipe or its configuration was edited; [`Error::File`].
+    pub fn check_resumed(path: &Path, recipe: &str) -> Result<()> {
+        let stored = stored_manifest(path)?;
+        same_recipe(path, &stored, recipe)?;
+        unedited(path, &stored)
     }
 
     /// Makes, replaces or opens the directory, and writes its configuration and manifest. With `run.tensorboard` in the
     /// configuration, metrics are written as TensorBoard events too.
     ///
     /// # Errors
-    /// As [`Run::check`]; [`Error::OtherConfig`] if a resumed run had another recipe, configuration or input; [`Error::File`].
+    /// As [`Run::check`]; [`Error::OtherConfig`] if a resumed run had another recipe, configuration or input, or its
+    /// configuration was edited; [`Error::File`].
     pub fn open<C: Serialize + DeserializeOwned>(
         path: &Path,
         mode: StartMode,
@@ -103,7 +124,9 @@ impl Run {
         manifest: &Manifest,
     ) -> Result<Self> {
         Self::check(path, mode, &[])?;
+        let held;
         if mode == StartMode::Resume {
+            held = hold(path)?;
             same_run(path, manifest)?;
             same_config(path, config)?;
             remove_temporaries(path);
@@ -115,7 +138,12 @@ impl Run {
                 _ => {}
             }
         } else {
-            create(path, config, manifest)?;
+            let replaced = match path.exists() {
+                true => hold(path)?,
+                false => None,
+            };
+            held = create(path, config, manifest)?;
+            drop(replaced);
         }
         let metrics_path = path.join(METRICS);
         let metrics = OpenOptions::new()
@@ -130,6 +158,7 @@ impl Run {
             path: path.into(),
             metrics,
             events,
+            _held: held,
         })
     }
 
@@ -258,7 +287,25 @@ pub fn manifest(
         }),
         threads: rayon::current_num_threads(),
         inputs: files.into_iter().chain(weights.iter().cloned()).collect(),
+        config_blake3: None,
     })
+}
+
+/// Refuses a pipe or a terminal as an input: files are read once for what is in them and once for their hash.
+///
+/// # Errors
+/// [`Error::NotAFile`].
+pub(crate) fn check_files(inputs: &[&Path]) -> Result<()> {
+    let passes = |input: &&&Path| {
+        // One that is not there is named by whoever reads it.
+        std::fs::metadata(input).is_ok_and(|found| !found.is_file() && !found.is_dir())
+    };
+    match inputs.iter().find(passes) {
+        None => Ok(()),
+        Some(input) => Err(Error::NotAFile {
+            path: input.to_path_buf(),
+        }),
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -297,11 +344,11 @@ pub(crate) fn write_beside(
     )?)
 }
 
-/// Makes a run directory with its manifest and configuration in it, in place of one that is there.
+/// Makes a run directory with its manifest and configuration in it, in place of one that is there, and holds it.
 ///
 /// It is made under another name and renamed, and one that is there is renamed before it is removed: whenever the process
 /// is killed, `path` is a run that resumes, or is not there.
-fn create(path: &Path, config: &impl Serialize, manifest: &Manifest) -> Result<()> {
+fn create(path: &Path, config: &impl Serialize, manifest: &Manifest) -> Result<Option<File>> {
     let aside = |suffix: &str| {
         let mut name = OsString::from(".");
         name.push(path.file_name().unwrap_or_default());
@@ -314,24 +361,55 @@ fn create(path: &Path, config: &impl Serialize, manifest: &Manifest) -> Result<(
         remove_all(leftover)?;
     }
     std::fs::create_dir_all(&unfinished).map_err(fail)?;
-    let manifest = serde_json::to_string_pretty(manifest).expect("a manifest is plain data");
+    let config = show_config(config);
+    let manifest = Manifest {
+        config_blake3: Some(config_hash(&config)),
+        ..manifest.clone()
+    };
+    let manifest = serde_json::to_string_pretty(&manifest).expect("a manifest is plain data");
     let written = write_atomic(
         &unfinished.join(MANIFEST),
         format!("{manifest}\n").as_bytes(),
     )
-    .and_then(|()| write_atomic(&unfinished.join(CONFIG), show_config(config).as_bytes()));
-    if let Err(error) = written {
-        // The first error is the one to report.
-        let _ = std::fs::remove_dir_all(&unfinished);
-        return Err(error.into());
-    }
+    .and_then(|()| write_atomic(&unfinished.join(CONFIG), config.as_bytes()))
+    .map_err(Error::from)
+    .and_then(|()| hold(&unfinished));
+    let held = match written {
+        Ok(held) => held,
+        Err(error) => {
+            // The first error is the one to report.
+            let _ = std::fs::remove_dir_all(&unfinished);
+            return Err(error);
+        }
+    };
     if path.exists() {
         std::fs::rename(path, &replaced).map_err(fail)?;
     }
     std::fs::rename(&unfinished, path)
         .and_then(|()| sync_directory(path.parent().unwrap_or(Path::new("."))))
         .map_err(fail)?;
-    remove_all(&replaced)
+    remove_all(&replaced)?;
+    Ok(held)
+}
+
+/// Takes the run at `path` for this process until the file is closed, by whatever ends the process too.
+///
+/// What is locked is the manifest: it is written once, it moves with its directory, and a file for the purpose would be one more
+/// in every run.
+///
+/// # Errors
+/// [`Error::InUse`] if another process, or this one, has it; [`Error::File`].
+fn hold(path: &Path) -> Result<Option<File>> {
+    let manifest = path.join(MANIFEST);
+    // For writing, or a lock over a network is refused.
+    let file = OpenOptions::new().read(true).write(true).open(&manifest);
+    let file = file.map_err(|source| write_error(&manifest, source))?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Err(Error::InUse { path: path.into() }),
+        // A file system without locks is no reason not to train.
+        Err(TryLockError::Error(_)) => Ok(None),
+    }
 }
 
 /// Removes a directory, if it is there.
@@ -344,66 +422,6 @@ fn remove_all(path: &Path) -> Result<()> {
         }
         _ => Ok(()),
     }
-}
-
-/// The manifest that is there: what makes a directory a run, which may be resumed or overwritten.
-fn stored_manifest(path: &Path) -> Result<Manifest> {
-    let bytes = std::fs::read(path.join(MANIFEST)).unwrap_or_default();
-    serde_json::from_slice(&bytes).map_err(|_| Error::NotARun { path: path.into() })
-}
-
-fn same_run(path: &Path, manifest: &Manifest) -> Result<()> {
-    let stored = stored_manifest(path)?;
-    let other = |what| {
-        Err(Error::OtherConfig {
-            path: path.into(),
-            what,
-        })
-    };
-    if stored.recipe != manifest.recipe {
-        return other(format!("it is a run of `{}`", stored.recipe));
-    }
-    if stored.inputs.len() != manifest.inputs.len() {
-        return other("it was made of other inputs".to_owned());
-    }
-    let inputs = stored.inputs.iter().zip(&manifest.inputs);
-    let changed: Vec<String> = inputs
-        .filter(|(stored, given)| stored.blake3 != given.blake3)
-        .map(|(_, given)| format!("`{}`", given.path))
-        .collect();
-    match changed.is_empty() {
-        true => Ok(()),
-        false => other(format!("{} changed since it began", changed.join(" and "))),
-    }
-}
-
-fn same_config<C: Serialize + DeserializeOwned>(path: &Path, config: &C) -> Result<()> {
-    let stored: C = read_config(&path.join(CONFIG))?;
-    // A run that was moved, or is watched in another way, is the same run.
-    let free = ["out = ", "progress = "];
-    let lines = |config: &C| -> Vec<String> {
-        let text = show_config(config);
-        text.lines()
-            .filter(|line| !free.iter().any(|key| line.starts_with(key)))
-            .map(str::to_owned)
-            .collect()
-    };
-    let (stored, given) = (lines(&stored), lines(config));
-    if stored == given {
-        return Ok(());
-    }
-    let mut pairs = stored
-        .iter()
-        .zip(&given)
-        .filter(|(stored, given)| stored != given);
-    let what = pairs.next().map_or_else(
-        || "a key was added or left out".to_owned(),
-        |(stored, given)| format!("it has `{stored}`, not `{given}`"),
-    );
-    Err(Error::OtherConfig {
-        path: path.into(),
-        what,
-    })
 }
 
 /// Every recipe has its `[run]` table under this name.
@@ -502,6 +520,23 @@ mod tests {
         let error = open(directory.path(), StartMode::Overwrite, 1).unwrap_err();
         assert!(matches!(error, Error::NotARun { .. }));
         assert!(directory.path().join("mine.txt").exists());
+    }
+
+    #[test]
+    fn one_run_at_a_time_has_a_directory() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("run");
+        let mut run = open(&path, StartMode::Fresh, 1).unwrap();
+        for again in [StartMode::Resume, StartMode::Overwrite] {
+            let error = open(&path, again, 1).unwrap_err();
+            assert!(matches!(error, Error::InUse { .. }), "{error}");
+            assert_eq!(pivotal_core::HasKind::kind(&error).exit_code(), 1);
+            // Its hold moves with it from one directory to the next.
+            drop(run);
+            run = open(&path, again, 1).unwrap();
+        }
+        drop(run);
+        open(&path, StartMode::Resume, 1).unwrap();
     }
 
     #[test]

@@ -341,27 +341,18 @@ impl OptimizerSettings {
     /// [`Error::Setting`], naming the flag.
     pub fn check(&self) -> Result<()> {
         let not_negative = "a number of at least 0";
-        domain("lr", self.lr, not_negative, self.lr >= 0.0)?;
-        let decay = |value: f64| (0.0..1.0).contains(&value);
-        domain(
-            "beta1",
-            self.beta1,
-            "at least 0 and below 1",
-            decay(self.beta1),
-        )?;
-        domain(
-            "beta2",
-            self.beta2,
-            "at least 0 and below 1",
-            decay(self.beta2),
-        )?;
-        domain("eps", self.eps, "above 0", self.eps > 0.0)?;
-        domain(
-            "weight-decay",
-            self.weight_decay,
-            not_negative,
-            self.weight_decay >= 0.0,
-        )?;
+        // AdamW reckons in f32, where 0.99999999 is 1 and 1e-50 is 0.
+        let held = "a number of at least 0 that f32 holds";
+        let holds = |value: f64| value >= 0.0 && (value as f32).is_finite();
+        domain("lr", self.lr, held, holds(self.lr))?;
+        let decays = "at least 0 and below 1, also as f32";
+        let decay = |value: f64| value >= 0.0 && (value as f32) < 1.0;
+        domain("beta1", self.beta1, decays, decay(self.beta1))?;
+        domain("beta2", self.beta2, decays, decay(self.beta2))?;
+        let above = self.eps as f32 > 0.0 && holds(self.eps);
+        domain("eps", self.eps, "above 0, also as f32", above)?;
+        let weight_decay = self.weight_decay;
+        domain("weight-decay", weight_decay, held, holds(weight_decay))?;
         domain(
             "clip-norm",
             self.clip_norm,
@@ -376,12 +367,14 @@ impl OptimizerSettings {
             "at least 1",
             tokens > 0,
         )?;
+        // So many epochs of any data set are a number of steps.
+        let countable = self.epochs <= u64::from(u32::MAX);
         let any = self.epochs > 0 || self.steps > 0;
         domain(
             "epochs",
             self.epochs as f64,
-            "at least 1, or a number of steps",
-            any,
+            "at least 1 and at most 4294967295, or a number of steps",
+            any && countable,
         )
     }
 

@@ -63,7 +63,7 @@ pub fn from_records(path: &Path, pairs: &[TokenizedPair]) -> Result<(Vec<PairSig
     for pair in pairs {
         let mut found = PairSignals::default();
         for (index, side) in SIDES.into_iter().enumerate() {
-            let record = records.take(pair.id, Some(side), pair.response(side))?;
+            let record = records.take(pair.id, Some(side), (&pair.prompt, pair.response(side)))?;
             found.signal[index] = Some(record.signal);
             found.truth[index] = record.truth;
         }
@@ -136,13 +136,16 @@ impl<'a> RecordsByResponse<'a> {
 
     /// Takes the record of this response out.
     ///
+    /// A token's signal is that of the token after all before it, a prompt that the length limits cut included. A record that
+    /// says no prompt is taken at its response.
+    ///
     /// # Errors
-    /// [`Error::NoRecord`]; [`Error::OtherTokens`] if it is of other tokens than `ids`.
+    /// [`Error::NoRecord`]; [`Error::OtherTokens`] if it is of another prompt or another response.
     pub(crate) fn take(
         &mut self,
         row: u64,
         side: Option<Side>,
-        ids: &[u32],
+        (prompt, response): (&[u32], &[u32]),
     ) -> Result<CreditRecord> {
         let (path, name) = (self.path, side_name(side));
         let record = self
@@ -153,7 +156,8 @@ impl<'a> RecordsByResponse<'a> {
                 row,
                 side: name,
             })?;
-        match record.token_ids == ids {
+        let of_prompt = record.prompt_token_ids.is_empty() || record.prompt_token_ids == prompt;
+        match of_prompt && record.token_ids == response {
             true => Ok(record),
             false => Err(Error::OtherTokens {
                 path: path.into(),
@@ -161,6 +165,25 @@ impl<'a> RecordsByResponse<'a> {
                 side: name,
             }),
         }
+    }
+}
+
+/// The credit rule's configuration for signals that say themselves which they are.
+///
+/// # Errors
+/// [`Error::Setting`] if `config` asks for another signal: the run's configuration would be untrue of it.
+pub(crate) fn of_signal(config: &CreditConfig, signal: Signal) -> Result<CreditConfig> {
+    let asked = config.signal;
+    match asked == signal || asked == CreditConfig::default().signal {
+        true => Ok(CreditConfig {
+            signal,
+            ..config.clone()
+        }),
+        false => Err(Error::Setting {
+            key: "credit-signal",
+            found: format!("{asked} with records of {signal}"),
+            expected: "left out with `--signals`: the records say which signal they hold",
+        }),
     }
 }
 

@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use pivotal_core::{ContentHasher, FileHash, TokenizedPair, TokenizerSource};
+use pivotal_core::{ContentHasher, FileHash, TokenizedPair, TokenizerSource, content_hash};
 use pivotal_data::{ChatTemplate, SpecialTokens, Tokenizer};
 use pivotal_model::{
-    AdapterTask, Checkpoint, Decoder, DecoderConfig, LoraAdapter, Parameters, RewardModel, load,
-    save,
+    AdapterTask, Checkpoint, Decoder, DecoderConfig, HostTensor, LoraAdapter, Parameters,
+    RewardModel, load, save,
 };
 use pivotal_ops::DeviceName;
 
@@ -26,15 +26,26 @@ pub struct Workspace {
     pub template: Option<ChatTemplate>,
     /// Where the checkpoint lies.
     pub path: PathBuf,
+    /// Of the adapter, or else of the checkpoint.
+    value_head: Option<HostTensor>,
+}
+
+/// What a model is loaded as.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Role {
+    /// Its log-probabilities are read: a reward model's were trained for something else, and are refused.
+    Policy,
+    /// What a reward model is made of, which may be one already.
+    RewardModel,
 }
 
 impl Workspace {
     /// Loads the model, its adapter, its tokenizer and its template.
     ///
     /// # Errors
-    /// [`Error::Setting`] without a path; otherwise whatever is wrong with the files.
+    /// [`Error::Setting`] without a path, or for a reward model; otherwise whatever is wrong with the files.
     pub fn load(settings: &ModelSettings) -> Result<Self> {
-        Self::load_by(settings, Decoder::take_from)
+        Self::load_by(settings, Decoder::take_from, Role::Policy)
     }
 
     /// The same, with the decoder [`Decoder::packed`] as it is read: for what does not train its weights.
@@ -42,7 +53,7 @@ impl Workspace {
     /// # Errors
     /// As [`Workspace::load`].
     pub fn load_packed(settings: &ModelSettings) -> Result<Self> {
-        Self::load_by(settings, Decoder::take_packed_from)
+        Self::load_by(settings, Decoder::take_packed_from, Role::Policy)
     }
 
     /// [`Workspace::load_packed`] where an adapter is trained, by [`Workspace::trainable`] with these settings.
@@ -57,7 +68,27 @@ impl Workspace {
         }
     }
 
-    fn load_by(settings: &ModelSettings, take: TakeDecoder) -> Result<Self> {
+    /// [`Workspace::load_under`] where a reward model is trained: the model may be one, and its head is
+    /// [`Workspace::value_head`].
+    ///
+    /// # Errors
+    /// As [`Workspace::load`], but that a reward model is taken.
+    pub fn load_reward_model_under(settings: &ModelSettings, lora: &LoraSettings) -> Result<Self> {
+        match lora.spec() {
+            Some(_) => Self::load_below_reward_model(settings),
+            None => Self::load_by(settings, Decoder::take_from, Role::RewardModel),
+        }
+    }
+
+    /// [`Workspace::load_packed`] of what a reward model's adapter may lie on, another reward model included.
+    ///
+    /// # Errors
+    /// As [`Workspace::load_reward_model_under`].
+    pub fn load_below_reward_model(settings: &ModelSettings) -> Result<Self> {
+        Self::load_by(settings, Decoder::take_packed_from, Role::RewardModel)
+    }
+
+    fn load_by(settings: &ModelSettings, take: TakeDecoder, role: Role) -> Result<Self> {
         if settings.path.as_os_str().is_empty() {
             let expected = "a Hugging Face directory, a .gguf file or a run directory";
             return Err(Error::Setting {
@@ -66,10 +97,7 @@ impl Workspace {
                 expected,
             });
         }
-        let path = match settings.path.join("model").join("config.json").is_file() {
-            true => settings.path.join("model"),
-            false => settings.path.clone(),
-        };
+        let path = model_path(&settings.path);
         let holds_adapter = path.join("adapter").join("adapter_config.json").is_file();
         if holds_adapter && !path.join("config.json").is_file() {
             return Err(Error::Setting {
@@ -80,6 +108,9 @@ impl Workspace {
         }
         let device = DeviceName::from(settings.device).open()?;
         let mut checkpoint = load(&path)?;
+        if role == Role::Policy && checkpoint.value_head().is_some() {
+            return Err(not_a_policy("model", &path));
+        }
         let tokenizer = tokenizer(&checkpoint, &path)?;
         let text = |id: Option<u32>| id.map(|id| tokenizer.token_text(id)).transpose();
         let (bos, eos) = (text(tokenizer.bos())?, text(Some(tokenizer.eos()))?);
@@ -88,9 +119,14 @@ impl Workspace {
         });
         let template = template.transpose()?;
         let mut decoder = take(&mut checkpoint, &device, settings.precision.into())?;
+        let mut value_head = checkpoint.value_head().cloned();
         if !settings.adapter.as_os_str().is_empty() {
             let adapter = LoraAdapter::load(&adapter_path(&settings.adapter))?;
+            if role == Role::Policy && is_of_reward_model(&adapter) {
+                return Err(not_a_policy("adapter", &settings.adapter));
+            }
             decoder = decoder.with_adapter(&adapter)?;
+            value_head = adapter.value_head.or(value_head);
         }
         Ok(Self {
             checkpoint,
@@ -98,7 +134,13 @@ impl Workspace {
             tokenizer,
             template,
             path,
+            value_head,
         })
+    }
+
+    /// The value head that the adapter brought, or else the checkpoint, `[1, hidden]`.
+    pub fn value_head(&self) -> Option<&HostTensor> {
+        self.value_head.as_ref()
     }
 
     /// The decoder, trainable: with a fresh adapter, with the adapter it has, or with every parameter.
@@ -216,8 +258,7 @@ impl Workspace {
             found: path.display().to_string(),
             expected: "a directory with a value head (`score.weight`), as `pivotal reward` writes it",
         };
-        let adapter = adapter_path(path);
-        if adapter.join("adapter_config.json").is_file() {
+        if let Some(adapter) = adapter_of(path) {
             let adapter = LoraAdapter::load(&adapter)?;
             let head = adapter.value_head.as_ref().ok_or_else(missing)?;
             let decoder = self.decoder.base().with_adapter(&adapter)?.packed();
@@ -233,14 +274,19 @@ impl Workspace {
     /// Another policy on this model's tokenizer, off the tape: a run, adapter or model directory, or a GGUF file.
     ///
     /// # Errors
-    /// If it does not load.
+    /// [`Error::Setting`] if it is a reward model, or a model of another tokenizer.
     pub fn other_policy(&self, path: &Path, precision: Precision) -> Result<Decoder> {
-        let adapter = adapter_path(path);
-        if adapter.join("adapter_config.json").is_file() {
+        if let Some(adapter) = adapter_of(path) {
             let adapter = LoraAdapter::load(&adapter)?;
+            if is_of_reward_model(&adapter) {
+                return Err(not_a_policy("oracle", path));
+            }
             return Ok(self.decoder.base().with_adapter(&adapter)?.detached());
         }
         let mut checkpoint = load(&model_path(path))?;
+        if checkpoint.value_head().is_some() {
+            return Err(not_a_policy("oracle", path));
+        }
         self.expect_tokenizer("oracle", path, &checkpoint)?;
         self.packed_decoder(&mut checkpoint, precision)
     }
@@ -294,6 +340,16 @@ impl Workspace {
     pub fn reward_model_hash(model: &RewardModel, precision: Precision) -> String {
         let card = pivotal_ops::card(model.decoder.device());
         weights_hash(&mut model.clone(), model.decoder.config(), precision, card)
+    }
+
+    /// The value head as an input of a run, where there is one: its reward model starts from it.
+    pub fn head_hash(&self) -> Option<FileHash> {
+        let head = self.value_head.as_ref()?;
+        let bytes = head.values().iter().flat_map(|value| value.to_le_bytes());
+        Some(FileHash {
+            path: format!("the value head on {}", self.path.display()),
+            blake3: content_hash(&bytes.collect::<Vec<u8>>()),
+        })
     }
 
     /// The starting weights as an input of a run, by the path of the model: a run that is resumed on others is another run.
@@ -353,6 +409,19 @@ fn tokenizer(checkpoint: &Checkpoint, path: &Path) -> Result<Tokenizer> {
     })
 }
 
+fn is_of_reward_model(adapter: &LoraAdapter) -> bool {
+    adapter.task == AdapterTask::SequenceClassification || adapter.value_head.is_some()
+}
+
+fn not_a_policy(key: &'static str, path: &Path) -> Error {
+    Error::Setting {
+        key,
+        found: path.display().to_string(),
+        expected: "a policy: this is a reward model, as `pivotal reward` writes it",
+    }
+}
+
+/// Where the adapter lies that `--adapter` names: in it, if it is a run.
 fn adapter_path(path: &Path) -> PathBuf {
     match path.join("adapter").is_dir() {
         true => path.join("adapter"),
@@ -360,9 +429,28 @@ fn adapter_path(path: &Path) -> PathBuf {
     }
 }
 
+/// The adapter that a directory is, or that a run holds; none of a model, whatever lies beside its weights.
+fn adapter_of(path: &Path) -> Option<PathBuf> {
+    let adapter = match is_model(path) {
+        true => return None,
+        false => adapter_path(path),
+    };
+    adapter
+        .join("adapter_config.json")
+        .is_file()
+        .then_some(adapter)
+}
+
 fn model_path(path: &Path) -> PathBuf {
-    match path.join("model").is_dir() {
+    match !is_model(path) && path.join("model").is_dir() {
         true => path.join("model"),
         false => path.into(),
     }
+}
+
+/// Whether a directory has a model's configuration and weights of its own.
+fn is_model(path: &Path) -> bool {
+    let weights = ["model.safetensors", "model.safetensors.index.json"];
+    let mut weights = weights.iter().map(|name| path.join(name));
+    path.join("config.json").is_file() && weights.any(|file| file.is_file())
 }

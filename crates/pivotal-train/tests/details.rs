@@ -353,6 +353,55 @@ fn detail_17_a_reward_a_segment_or_a_token_pays_the_penalty_too() {
 }
 
 #[test]
+fn increments_that_are_paid_add_up_to_the_levels_rise_whatever_moves_the_signal() {
+    let mut batch = measured([0.0; 3], Ending::Eos);
+    let levels = [
+        vec![0.5, -1.0, 2.0, 3.0],
+        vec![-0.25],
+        vec![1.0, 0.125, 4.0],
+    ];
+    let mut rises = Vec::new();
+    for (one, levels) in batch.iter_mut().zip(levels) {
+        rises.push(levels[levels.len() - 1] - 0.75);
+        one.levels = Some(ResponseValues {
+            prompt_value: 0.75,
+            levels,
+        });
+    }
+    let paid = |spread: RewardSpread, moved: &str| -> Vec<f32> {
+        let text =
+            format!("signal = 'increment'\nscore = 'sum'\ncut = 'fixed'\ncut_tokens = 2\n{moved}");
+        let config: CreditConfig = toml::from_str(&text).unwrap();
+        let settings = PpoSettings {
+            spread,
+            ..PpoSettings::default()
+        };
+        let rule = config.resolve().unwrap();
+        let mut shaper = Shaper::new(&settings, &rule, true, 1, None).unwrap();
+        let (experience, _) = shaper.shape(&batch, 1).unwrap();
+        experience
+            .rewards
+            .iter()
+            .map(|one| one.iter().sum())
+            .collect()
+    };
+    for spread in [
+        RewardSpread::Token,
+        RewardSpread::SegmentLast,
+        RewardSpread::SegmentEven,
+    ] {
+        for moved in [
+            "",
+            "signal_delay = 1",
+            "signal_delay = 3",
+            "baseline = 'position_mean'",
+        ] {
+            assert_eq!(paid(spread, moved), rises, "{spread:?} {moved}");
+        }
+    }
+}
+
+#[test]
 fn the_oracles_ratio_is_of_the_models_whatever_the_temperature_of_sampling() {
     let reference = base();
     let adapter = LoraAdapter::load(&llama().join("adapter")).unwrap();

@@ -10,6 +10,7 @@ use pivotal_train::grpo::{GrpoConfig, GrpoRunFlags};
 use pivotal_train::ppo::{PpoConfig, PpoRunFlags};
 use pivotal_train::reject::{RejectConfig, RejectRunFlags};
 use pivotal_train::reward::{RewardConfig, RewardRunFlags};
+use pivotal_train::run::Run;
 use pivotal_train::settings::path_value;
 use pivotal_train::sft::{SftConfig, SftFlags};
 use pivotal_train::{Result as TrainResult, StartMode, read_config, show_config};
@@ -34,7 +35,7 @@ struct Common {
 #[derive(Args)]
 struct Start {
     /// Continue this run from its last checkpoint, under its own configuration.
-    #[arg(long, value_name = "RUN", conflicts_with_all = ["config", "overwrite"], value_parser = path_value())]
+    #[arg(long, value_name = "RUN", conflicts_with_all = ["config", "overwrite", "out"], value_parser = path_value())]
     resume: Option<PathBuf>,
     /// Replace an existing run directory.
     #[arg(long)]
@@ -69,7 +70,7 @@ fn resolve<C: Default + DeserializeOwned>(
 }
 
 macro_rules! recipe_command {
-    ($(#[doc = $doc:literal])+ $name:ident, $config:ident, $flags:ident, $train:path, $say:path) => {
+    ($(#[doc = $doc:literal])+ $name:ident, $recipe:literal, $config:ident, $flags:ident, $train:path, $say:path) => {
         $(#[doc = $doc])+
         #[derive(Args)]
         pub(crate) struct $name {
@@ -85,6 +86,9 @@ macro_rules! recipe_command {
             pub(crate) fn run(self) -> Result<(), Failure> {
                 let (mode, flags) = (self.start.mode(), self.flags);
                 let resume = self.start.resume.as_deref();
+                if let Some(run) = resume {
+                    Run::check_resumed(run, $recipe)?;
+                }
                 let mut config: $config =
                     resolve(&self.common, resume, |config| flags.apply(config))?;
                 if let Some(run) = resume {
@@ -102,27 +106,27 @@ macro_rules! recipe_command {
 
 recipe_command!(
     /// `pivotal sft`.
-    Sft, SftConfig, SftFlags, pivotal_train::sft::train, say_sft
+    Sft, "sft", SftConfig, SftFlags, pivotal_train::sft::train, say_sft
 );
 recipe_command!(
     /// `pivotal reward`.
-    Reward, RewardConfig, RewardRunFlags, pivotal_train::reward::train, say
+    Reward, "reward", RewardConfig, RewardRunFlags, pivotal_train::reward::train, say
 );
 recipe_command!(
     /// `pivotal dpo`.
-    Dpo, DpoConfig, DpoRunFlags, pivotal_train::dpo::train, say_dpo
+    Dpo, "dpo", DpoConfig, DpoRunFlags, pivotal_train::dpo::train, say_dpo
 );
 recipe_command!(
     /// `pivotal reject`.
-    Reject, RejectConfig, RejectRunFlags, pivotal_train::reject::train, say_reject
+    Reject, "reject", RejectConfig, RejectRunFlags, pivotal_train::reject::train, say_reject
 );
 recipe_command!(
     /// `pivotal grpo`.
-    Grpo, GrpoConfig, GrpoRunFlags, pivotal_train::grpo::train, say_grpo
+    Grpo, "grpo", GrpoConfig, GrpoRunFlags, pivotal_train::grpo::train, say_grpo
 );
 recipe_command!(
     /// `pivotal ppo`.
-    Ppo, PpoConfig, PpoRunFlags, pivotal_train::ppo::train, say_ppo
+    Ppo, "ppo", PpoConfig, PpoRunFlags, pivotal_train::ppo::train, say_ppo
 );
 
 /// `pivotal annotate`.
@@ -178,12 +182,16 @@ fn say_reject(summary: &pivotal_train::reject::Summary) -> Result<(), Failure> {
 }
 
 fn say_grpo(summary: &pivotal_train::grpo::Summary) -> Result<(), Failure> {
-    warn(&summary.last.credit.warnings);
+    if let Some(last) = &summary.last {
+        warn(&last.credit.warnings);
+    }
     say(summary)
 }
 
 fn say_ppo(summary: &pivotal_train::ppo::Summary) -> Result<(), Failure> {
-    warn(&summary.last.credit.warnings);
+    if let Some(last) = &summary.last {
+        warn(&last.credit.warnings);
+    }
     say(summary)
 }
 

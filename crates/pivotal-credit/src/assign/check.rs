@@ -1,5 +1,8 @@
 //! What a response must bring for the rule that judges it.
 
+use pivotal_core::SegmentRecord;
+
+use super::{Own, Widths};
 use crate::{Credit, Cut, Error, Response, Result, TokenColumn, check_finite};
 
 impl Credit {
@@ -81,5 +84,44 @@ impl Credit {
             return Err(missing("truth", "selection = truth"));
         }
         Ok(())
+    }
+
+    /// Refuses an offset or a jump that f32 does not hold: the response with the largest signal is the one to look at.
+    pub(super) fn check_widths(
+        &self,
+        batch: &[Response<'_>],
+        owns: &[Own],
+        Widths { offset, jump }: Widths,
+    ) -> Result<()> {
+        let widths = [("offset", offset), ("jump", jump)];
+        let Some((column, value)) = widths.into_iter().find(|(_, value)| !value.is_finite()) else {
+            return Ok(());
+        };
+        let largest = |own: &Own| {
+            own.signal
+                .iter()
+                .fold(0.0, |most: f32, r| most.max(r.abs()))
+        };
+        let each = batch.iter().zip(owns);
+        let widest = each.max_by(|(_, one), (_, other)| largest(one).total_cmp(&largest(other)));
+        Err(Error::Overflow {
+            column,
+            signal: self.rule.signal,
+            id: widest.map_or(0, |(response, _)| response.id),
+            value,
+        })
+    }
+
+    /// Refuses a segment whose score f32 does not hold, though it holds every token's signal.
+    pub(super) fn check_scores(&self, id: u64, segments: &[SegmentRecord]) -> Result<()> {
+        match segments.iter().find(|segment| !segment.score.is_finite()) {
+            None => Ok(()),
+            Some(segment) => Err(Error::Overflow {
+                column: "segments.score",
+                signal: self.rule.signal,
+                id,
+                value: segment.score,
+            }),
+        }
     }
 }

@@ -75,6 +75,7 @@ pub(crate) fn record(text: &str, wrong: &[usize], side: Side, tilt: f32) -> Cred
         signal,
         baseline: vec![0.0],
         offset: 0.5,
+        jump: None,
         segments,
         sequence_sign,
         keep,

@@ -69,8 +69,9 @@ pub struct Summary {
     pub truncated_responses: usize,
     /// Optimizer steps taken in all.
     pub steps: u64,
-    /// The last step's metrics.
-    pub last: DpoStep,
+    /// The last step's metrics; absent where no step was taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last: Option<DpoStep>,
     /// What credit did, where it segmented a signal.
     pub credit: Option<DiagnosticsReport>,
     /// Warnings about the masks.
@@ -119,7 +120,7 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
         }
         false => {
             let (known, signal) = signals::from_records(&config.dpo.signals, &pairs)?;
-            credit_config.signal = signal;
+            credit_config = signals::of_signal(&credit_config, signal)?;
             known
         }
     };
@@ -221,7 +222,7 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
     let mut watched = batches.clone();
     let progress = Progress::start("dpo", start..steps, config.run.progress);
     progress.warn(&warnings);
-    let mut last: DpoStep = run.last()?.unwrap_or_default();
+    let mut last: Option<DpoStep> = run.last()?;
     let every = config.run.checkpoint_every;
     optimize(
         &mut policy,
@@ -234,20 +235,21 @@ pub fn train(config: &DpoConfig, mode: StartMode) -> Result<Summary> {
         &mut |step, metrics, policy, optimizer| {
             let batch = watched.next().unwrap_or_default();
             let credit = watched_credit(&mut watch, &rule, &diagnosed, &batch, &metrics);
-            last = DpoStep { metrics, credit };
-            run.log(step, &last)?;
+            let taken = DpoStep { metrics, credit };
+            run.log(step, &taken)?;
             let numbers = StepNumbers {
                 loss: metrics.loss,
                 accuracy: Some(metrics.accuracy),
                 kl: metrics.kl_k3,
-                kept_fraction: Some(last.credit.kept_fraction),
-                segments_per_100_tokens: last.credit.segments_per_100_tokens,
+                kept_fraction: Some(taken.credit.kept_fraction),
+                segments_per_100_tokens: taken.credit.segments_per_100_tokens,
                 grad_norm: metrics.grad_norm,
                 lr: metrics.lr,
                 tokens: metrics.tokens,
                 ..StepNumbers::default()
             };
-            progress.step(step, numbers, &last.credit.warnings);
+            progress.step(step, numbers, &taken.credit.warnings);
+            last = Some(taken);
             match step == steps || (every > 0 && step % every == 0) {
                 true => {
                     run.sync()?;

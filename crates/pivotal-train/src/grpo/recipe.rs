@@ -133,8 +133,9 @@ pub struct Summary {
     pub prompts: usize,
     /// Steps taken in all.
     pub steps: u64,
-    /// The last step's metrics.
-    pub last: GrpoMetrics,
+    /// The last step's metrics; absent where no step was taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last: Option<GrpoMetrics>,
     /// The held-out prompts before the first and after the last step.
     pub held_out: Option<[Evaluation; 2]>,
     /// Where the time of this process went.
@@ -295,7 +296,7 @@ impl Training<'_> {
         let steps = config.optimizer.total_steps(batches.batches_per_epoch());
         let batches = batches.skip(start as usize);
         let progress = Progress::start("grpo", start..steps, config.run.progress);
-        let mut last: GrpoMetrics = self.run.last()?.unwrap_or_default();
+        let mut last: Option<GrpoMetrics> = self.run.last()?;
         let every = config.run.checkpoint_every;
         if start == 0 {
             progress.warn(&self.warnings);
@@ -305,7 +306,7 @@ impl Training<'_> {
         for (step, batch) in (start + 1..=steps).zip(batches) {
             let prompts = self.prompts;
             let prompts: Vec<&Prompt> = batch.items.iter().map(|&item| &prompts[item]).collect();
-            last = self.step(
+            let mut taken = self.step(
                 step,
                 steps,
                 &prompts,
@@ -314,20 +315,21 @@ impl Training<'_> {
                 &progress,
             )?;
             if step == 1 {
-                last.credit.warnings.extend_from_slice(&self.warnings);
+                taken.credit.warnings.extend_from_slice(&self.warnings);
             }
-            self.run.log(step, &last)?;
+            self.run.log(step, &taken)?;
             let numbers = StepNumbers {
-                loss: last.loss,
-                score: Some(last.score),
-                kl: last.kl_k3,
-                kept_fraction: Some(last.credit.kept_fraction),
-                segments_per_100_tokens: last.credit.segments_per_100_tokens,
-                grad_norm: last.grad_norm,
-                lr: last.lr,
+                loss: taken.loss,
+                score: Some(taken.score),
+                kl: taken.kl_k3,
+                kept_fraction: Some(taken.credit.kept_fraction),
+                segments_per_100_tokens: taken.credit.segments_per_100_tokens,
+                grad_norm: taken.grad_norm,
+                lr: taken.lr,
                 ..StepNumbers::sampled(self.clock.last())
             };
-            progress.step(step, numbers, &last.credit.warnings);
+            progress.step(step, numbers, &taken.credit.warnings);
+            last = Some(taken);
             progress.phase("evaluation");
             self.evaluate(step, steps)?;
             if step == steps || (every > 0 && step % every == 0) {
@@ -616,13 +618,11 @@ impl GrpoMetrics {
         for (old, reference) in batch.old_logps.iter().zip(batch.reference_logps) {
             kl.merge(&KlSum::of(old, reference, &vec![true; old.len()])?);
         }
-        if !batch.reference_logps.is_empty() {
-            let mean = |estimator| Some(kl.token_mean(estimator).unwrap_or(0.0));
-            self.kl_k1 = mean(KlEstimator::K1);
-            self.kl_k2 = mean(KlEstimator::K2);
-            self.kl_k3 = mean(KlEstimator::K3);
-            self.kl_max = Some(kl.max_abs_log_ratio);
-        }
+        // Absent where no response of the step went through the reference.
+        self.kl_k1 = kl.token_mean(KlEstimator::K1);
+        self.kl_k2 = kl.token_mean(KlEstimator::K2);
+        self.kl_k3 = kl.token_mean(KlEstimator::K3);
+        self.kl_max = self.kl_k1.map(|_| kl.max_abs_log_ratio);
         let gap = gap(batch.rollouts, batch.old_logps);
         self.sampling_gap_mean = gap.mean;
         self.sampling_gap_max = gap.max;

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -31,7 +31,8 @@ impl CommandCheck {
         })
     }
 
-    /// Whether it exits with status 0 in time when it reads `{"id":…,"response":…,"reference":…}`. What it prints is dropped.
+    /// Whether it exits with status 0 in time when it reads `{"id":…,"response":…,"reference":…}`. What it prints is dropped. One
+    /// that is out of time is killed with all that it started.
     ///
     /// # Errors
     /// [`Error::Command`] if it cannot be started; [`Error::File`] if its input cannot be written.
@@ -41,13 +42,13 @@ impl CommandCheck {
             program: self.arguments[0].clone(),
             source,
         };
-        let mut child = Command::new(&self.arguments[0])
+        let mut command = Command::new(&self.arguments[0]);
+        own_group(&mut command)
             .args(&self.arguments[1..])
             .stdin(Stdio::from(input_file(input.to_string().as_bytes())?))
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .map_err(fault)?;
+            .stderr(Stdio::null());
+        let mut child = command.spawn().map_err(fault)?;
         let begin = Instant::now();
         let mut pause = Duration::from_micros(200);
         loop {
@@ -55,6 +56,7 @@ impl CommandCheck {
                 return Ok(status.success());
             }
             if begin.elapsed() >= self.limit {
+                end_group(&child);
                 child.kill().map_err(fault)?;
                 child.wait().map_err(fault)?;
                 return Ok(false);
@@ -63,6 +65,29 @@ impl CommandCheck {
             pause = (pause * 2).min(Duration::from_millis(10));
         }
     }
+}
+
+/// A program, with what it starts, in a group of its own: a test runner that is out of time has children that are too.
+#[cfg(unix)]
+fn own_group(command: &mut Command) -> &mut Command {
+    std::os::unix::process::CommandExt::process_group(command, 0)
+}
+
+#[cfg(not(unix))]
+fn own_group(command: &mut Command) -> &mut Command {
+    command
+}
+
+/// Ends the group that `child` leads. The standard library has no call for it, and every Unix has a shell that does.
+fn end_group(child: &Child) {
+    let group = child.id().to_string();
+    // Should there be none, the child is killed all the same.
+    let _ = Command::new("sh")
+        .args(["-c", "kill -s KILL -- \"-$0\"", &group])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
 }
 
 /// A file that holds `bytes` and has no name any more. A pipe would need a thread that writes while the program may not read.
@@ -115,6 +140,26 @@ mod tests {
         let begin = Instant::now();
         assert!(!holds("sleep 30", 0.05, "x").unwrap());
         assert!(begin.elapsed() < Duration::from_secs(5));
+    }
+
+    #[test]
+    fn what_it_started_is_killed_with_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let (script, started) = (directory.path().join("run"), directory.path().join("child"));
+        let text = format!("sleep 30 & echo $! > {}; wait", started.display());
+        std::fs::write(&script, text).unwrap();
+        assert!(!holds(&format!("sh {}", script.display()), 0.5, "x").unwrap());
+        let child = std::fs::read_to_string(started).unwrap();
+        let is_there = || {
+            let state = std::fs::read_to_string(format!("/proc/{}/stat", child.trim()));
+            // Whoever inherits it may not have waited for it yet: then it is a zombie.
+            state.is_ok_and(|state| !state.contains(") Z "))
+        };
+        let begin = Instant::now();
+        while is_there() && begin.elapsed() < Duration::from_secs(5) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert!(!is_there());
     }
 
     #[test]

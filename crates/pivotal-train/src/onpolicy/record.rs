@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use pivotal_core::{SegmentRecord, read_file, write_atomic};
+use pivotal_core::{SegmentRecord, Sign, read_file, write_atomic};
 use pivotal_credit::ResponseCredit;
 use pivotal_model::Finish;
 use serde::Serialize;
@@ -60,12 +60,41 @@ pub struct RolloutRecord<'a> {
     /// The token signal.
     #[serde(skip_serializing_if = "<[f32]>::is_empty")]
     pub signal: &'a [f32],
+    /// The numbers that the signal was cut and judged by.
+    #[serde(flatten)]
+    pub used: Option<UsedNumbers<'a>>,
     /// Its segments.
     #[serde(skip_serializing_if = "<[SegmentRecord]>::is_empty")]
     pub segments: &'a [SegmentRecord],
     /// Which tokens the loss uses.
     #[serde(skip_serializing_if = "<[bool]>::is_empty")]
     pub keep: &'a [bool],
+}
+
+/// The numbers that credit used, under the names that a [`pivotal_core::CreditRecord`] has them by.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct UsedNumbers<'a> {
+    /// The baseline b: one number, or one a token where it depends on the position.
+    pub baseline: &'a [f32],
+    /// The offset δ.
+    pub offset: f32,
+    /// The jump threshold τ, by the cut rule `jump`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub jump: Option<f32>,
+    /// The whole response's sign.
+    pub sequence_sign: Sign,
+}
+
+impl<'a> UsedNumbers<'a> {
+    /// Those of one response.
+    pub fn of(credit: &'a ResponseCredit) -> Self {
+        Self {
+            baseline: &credit.baseline,
+            offset: credit.offset,
+            jump: credit.jump,
+            sequence_sign: credit.sequence_sign,
+        }
+    }
 }
 
 impl<'a> RolloutRecord<'a> {
@@ -91,6 +120,7 @@ impl<'a> RolloutRecord<'a> {
     pub fn with_credit(mut self, credit: Option<&'a ResponseCredit>) -> Self {
         if let Some(credit) = credit {
             self.signal = &credit.signal;
+            self.used = Some(UsedNumbers::of(credit));
             self.segments = &credit.segments;
             self.keep = credit.keep.as_slice();
         }

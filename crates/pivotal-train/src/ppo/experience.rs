@@ -330,9 +330,15 @@ impl Shaper {
             })
             .collect();
         let given = credit.assign(&responses)?;
-        let segments = given.iter().enumerate();
-        segments
-            .map(|(index, given)| {
+        let score = credit.rule().score;
+        let given = given.into_iter().enumerate();
+        given
+            .map(|(index, mut given)| {
+                // Segments lie where the signal says once `signal_delay` has moved it; what is paid is the signal itself, for a sum
+                // of increments is the last level less the first only where each is paid once.
+                for segment in &mut given.segments {
+                    segment.score = score.of(&signals[index][segment.start..segment.end]);
+                }
                 let mut rewards: Vec<f32> = pay(index, &given.segments, &signals[index])?;
                 // These rewards are the signal's, which knows no end: what a missing one costs is paid there.
                 if let Some(last) = rewards.last_mut() {

@@ -112,8 +112,9 @@ pub struct Summary {
     pub prompts: usize,
     /// Steps taken in all.
     pub steps: u64,
-    /// The last step's metrics.
-    pub last: PpoMetrics,
+    /// The last step's metrics; absent where no step was taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last: Option<PpoMetrics>,
     /// The held-out prompts before the first and after the last step.
     pub held_out: Option<[Evaluation; 2]>,
     /// Where the time of this process went.
@@ -308,7 +309,7 @@ impl Training<'_> {
         let batches = Batcher::new(lengths, batching, Cursor::default())?;
         let steps = config.optimizer.total_steps(batches.batches_per_epoch());
         let progress = Progress::start("ppo", start..steps, config.run.progress);
-        let mut last: PpoMetrics = self.run.last()?.unwrap_or_default();
+        let mut last: Option<PpoMetrics> = self.run.last()?;
         let every = config.run.checkpoint_every;
         if start == 0 {
             progress.warn(&self.warnings);
@@ -318,22 +319,23 @@ impl Training<'_> {
         for (step, batch) in (start + 1..=steps).zip(batches.skip(start as usize)) {
             let prompts = self.prompts;
             let prompts: Vec<&Prompt> = batch.items.iter().map(|&item| &prompts[item]).collect();
-            last = self.step(step, steps, &prompts, &mut log, &progress)?;
+            let mut taken = self.step(step, steps, &prompts, &mut log, &progress)?;
             if step == 1 {
-                last.credit.warnings.extend_from_slice(&self.warnings);
+                taken.credit.warnings.extend_from_slice(&self.warnings);
             }
-            self.run.log(step, &last)?;
+            self.run.log(step, &taken)?;
             let numbers = StepNumbers {
-                loss: last.update.policy_loss,
-                score: Some(last.experience.score),
-                kl: Some(last.experience.kl_k3),
-                kept_fraction: Some(last.credit.kept_fraction),
-                segments_per_100_tokens: last.credit.segments_per_100_tokens,
-                grad_norm: last.grad_norm,
-                lr: last.lr,
+                loss: taken.update.policy_loss,
+                score: Some(taken.experience.score),
+                kl: Some(taken.experience.kl_k3),
+                kept_fraction: Some(taken.credit.kept_fraction),
+                segments_per_100_tokens: taken.credit.segments_per_100_tokens,
+                grad_norm: taken.grad_norm,
+                lr: taken.lr,
                 ..StepNumbers::sampled(self.clock.last())
             };
-            progress.step(step, numbers, &last.credit.warnings);
+            progress.step(step, numbers, &taken.credit.warnings);
+            last = Some(taken);
             progress.phase("evaluation");
             self.evaluate(step, steps)?;
             if step == steps || (every > 0 && step % every == 0) {

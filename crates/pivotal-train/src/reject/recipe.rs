@@ -102,8 +102,9 @@ pub struct Summary {
     pub steps: u64,
     /// Those of them in which nothing was kept, so that nothing was learnt.
     pub empty_steps: u64,
-    /// The last step's metrics.
-    pub last: RejectMetrics,
+    /// The last step's metrics; absent where no step was taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last: Option<RejectMetrics>,
     /// The last round's numbers.
     pub last_round: RoundNumbers,
     /// The held-out prompts before the first and after the last round.
@@ -255,7 +256,7 @@ impl Training<'_> {
         let batches = batches.skip(state.round as usize - 1);
         // By rounds: how many optimizer steps the later ones take is not known.
         let progress = Progress::start("reject", state.round - 1..rounds, config.run.progress);
-        let mut last: RejectMetrics = self.run.last()?.unwrap_or_default();
+        let mut last: Option<RejectMetrics> = self.run.last()?;
         let mut last_round = files.last()?.unwrap_or_default();
         let every = config.run.checkpoint_every;
         if state.round == 1 {
@@ -288,13 +289,14 @@ impl Training<'_> {
             self.learn(rounds, &sampled, &mut state, &files, &mut last)?;
             let timings = self.clock.lap(round, tokens)?;
             let credit = &last_round.credit;
+            let learnt = last.unwrap_or_default();
             let numbers = StepNumbers {
-                loss: last.loss,
+                loss: learnt.loss,
                 score: Some(last_round.score),
                 kept_fraction: Some(credit.kept_fraction),
                 segments_per_100_tokens: credit.segments_per_100_tokens,
-                grad_norm: last.grad_norm,
-                lr: last.lr,
+                grad_norm: learnt.grad_norm,
+                lr: learnt.lr,
                 tokens,
                 timings: Some(timings),
                 ..StepNumbers::default()
@@ -472,7 +474,7 @@ impl Training<'_> {
         sampled: &SampledRound,
         state: &mut State,
         files: &RoundFiles,
-        last: &mut RejectMetrics,
+        last: &mut Option<RejectMetrics>,
     ) -> Result<()> {
         let (config, numbers) = (self.config, &sampled.numbers);
         let optimizer = &config.optimizer;
@@ -530,7 +532,7 @@ impl Training<'_> {
                 accepted_fraction: numbers.accepted_fraction,
             };
             self.run.log(step, &metrics)?;
-            *last = metrics;
+            *last = Some(metrics);
             let every = config.run.checkpoint_every;
             if every > 0 && step % every == 0 {
                 self.save(files, state)?;

@@ -13,7 +13,8 @@ use serde_json::{Value, json};
 use super::choose::{AcceptRule, Candidate, Verdict, choose_accepted};
 use crate::error::Result;
 use crate::onpolicy::{
-    CreditNumbers, ResponseScore, Rollout, RolloutRecord, StepLog, finish_name, groups_of,
+    CreditNumbers, ResponseScore, Rollout, RolloutRecord, StepLog, UsedNumbers, finish_name,
+    groups_of,
 };
 
 /// One round's numbers; a line of `rounds.jsonl`.
@@ -197,6 +198,8 @@ struct AcceptedRecord<'a> {
     token_ids: &'a [u32],
     #[serde(skip_serializing_if = "<[f32]>::is_empty")]
     signal: &'a [f32],
+    #[serde(flatten)]
+    used: Option<UsedNumbers<'a>>,
     #[serde(skip_serializing_if = "<[SegmentRecord]>::is_empty")]
     segments: &'a [SegmentRecord],
     keep: &'a [bool],
@@ -299,6 +302,7 @@ impl RoundFiles {
                 reward: score.reward,
                 token_ids: &rollout.token_ids,
                 signal: credit.map_or(&[], |credit| &credit.signal),
+                used: credit.map(UsedNumbers::of),
                 segments: credit.map_or(&[], |credit| &credit.segments),
                 keep: found.keep[at].as_slice(),
             }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use pivotal_core::FileHash;
 use pivotal_data::{BatchOptions, Batcher, Cursor, DataSet, Order, ReadOptions, tokenize_pairs};
 use pivotal_model::RewardModel;
 use serde::Serialize;
@@ -9,13 +10,13 @@ use serde::Serialize;
 use super::no_credit::{NoCredit, NoCreditFlags};
 use super::{RewardMetrics, optimize};
 use crate::checkpoint;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::optimizer::NamedAdamW;
 use crate::progress::{Progress, StepNumbers};
 use crate::run::{Run, StartMode, manifest};
 use crate::settings::{
-    DataFlags, DataSettings, LoraFlags, LoraSettings, ModelFlags, ModelSettings, OptimizerFlags,
-    OptimizerSettings, RewardFlags, RewardSettings, RunFlags, RunSettings,
+    DataFlags, DataSettings, HeadInit, LoraFlags, LoraSettings, ModelFlags, ModelSettings,
+    OptimizerFlags, OptimizerSettings, RewardFlags, RewardSettings, RunFlags, RunSettings,
 };
 use crate::table::recipe;
 use crate::workspace::Workspace;
@@ -54,8 +55,9 @@ pub struct Summary {
     pub truncated_responses: usize,
     /// Optimizer steps taken in all.
     pub steps: u64,
-    /// The last step's metrics.
-    pub last: RewardMetrics,
+    /// The last step's metrics; absent where no step was taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last: Option<RewardMetrics>,
 }
 
 /// Runs the recipe.
@@ -72,7 +74,7 @@ pub fn train(config: &RewardConfig, mode: StartMode) -> Result<Summary> {
     config.optimizer.check()?;
     config.reward.check()?;
     let data = DataSet::read(&config.data.path, ReadOptions::default())?;
-    let mut workspace = Workspace::load_under(&config.model, &config.lora)?;
+    let mut workspace = Workspace::load_reward_model_under(&config.model, &config.lora)?;
     let options = config
         .data
         .tokenize_options(workspace.decoder.config().vocab_size);
@@ -87,8 +89,21 @@ pub fn train(config: &RewardConfig, mode: StartMode) -> Result<Summary> {
 
     let seed = config.run.seed;
     let decoder = workspace.trainable(&config.lora, seed)?;
-    let mut model = RewardModel::new(decoder, config.reward.head_init.into(), seed)?;
-    let weights = workspace.weights(config.model.precision);
+    let mut model = match workspace.value_head() {
+        None => RewardModel::new(decoder, config.reward.head_init.into(), seed)?,
+        Some(head) => {
+            if config.reward.head_init != HeadInit::default() {
+                return Err(Error::Setting {
+                    key: "head-init",
+                    found: "given beside a model with a value head".into(),
+                    expected: "left out: the head that is there is trained on",
+                });
+            }
+            RewardModel::with_head(decoder, head)?
+        }
+    };
+    let weights = [workspace.weights(config.model.precision)];
+    let weights: Vec<FileHash> = weights.into_iter().chain(workspace.head_hash()).collect();
     let mut optimizer = NamedAdamW::new(&config.optimizer);
     let mut run = Run::open(
         out,
@@ -99,7 +114,7 @@ pub fn train(config: &RewardConfig, mode: StartMode) -> Result<Summary> {
             seed,
             workspace.decoder.device(),
             &[&config.data.path],
-            &[weights],
+            &weights,
         )?,
     )?;
     let start = match mode {
@@ -117,7 +132,7 @@ pub fn train(config: &RewardConfig, mode: StartMode) -> Result<Summary> {
     let steps = config.optimizer.total_steps(batches.batches_per_epoch());
     let batches = batches.skip(start as usize).map(|batch| batch.items);
     let progress = Progress::start("reward", start..steps, config.run.progress);
-    let mut last: RewardMetrics = run.last()?.unwrap_or_default();
+    let mut last: Option<RewardMetrics> = run.last()?;
     let every = config.run.checkpoint_every;
     optimize(
         &mut model,
@@ -138,7 +153,7 @@ pub fn train(config: &RewardConfig, mode: StartMode) -> Result<Summary> {
                 ..StepNumbers::default()
             };
             progress.step(step, numbers, &[]);
-            last = metrics;
+            last = Some(metrics);
             match step == steps || (every > 0 && step % every == 0) {
                 true => {
                     run.sync()?;

@@ -158,12 +158,14 @@ impl Responses {
         let side = self.side();
         let mut records = RecordsByResponse::read(path, side.is_some())?;
         for (item, known) in self.items.iter().zip(&mut self.known) {
-            *known = Known::from_record(records.take(item.id, side, &item.response)?);
+            let ids = (&item.prompt[..], &item.response[..]);
+            *known = Known::from_record(records.take(item.id, side, ids)?);
         }
         for (item, rejected) in self.items.iter().zip(&mut self.rejected) {
             let (row, side) = (item.id, Some(Side::Rejected));
+            let ids = (&item.prompt[..], &rejected.ids[..]);
             rejected.known = match records.has(row, side) {
-                true => Known::from_record(records.take(row, side, &rejected.ids)?),
+                true => Known::from_record(records.take(row, side, ids)?),
                 false => Known::default(),
             };
         }

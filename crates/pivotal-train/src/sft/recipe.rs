@@ -20,7 +20,7 @@ use crate::settings::{
     DataFlags, DataSettings, LoraFlags, LoraSettings, ModelFlags, ModelSettings, OptimizerFlags,
     OptimizerSettings, RunFlags, RunSettings,
 };
-use crate::signals::{hard_rule, write_records};
+use crate::signals::{hard_rule, of_signal, write_records};
 use crate::table::recipe;
 use crate::workspace::Workspace;
 
@@ -70,8 +70,9 @@ pub struct Summary {
     pub truncated_responses: usize,
     /// Optimizer steps taken in all.
     pub steps: u64,
-    /// The last step's metrics.
-    pub last: SftStep,
+    /// The last step's metrics; absent where no step was taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last: Option<SftStep>,
     /// What credit did, where it segmented a signal.
     pub credit: Option<DiagnosticsReport>,
     /// Warnings about the masks.
@@ -116,10 +117,10 @@ pub fn train(config: &SftConfig, mode: StartMode) -> Result<Summary> {
     let rows = responses.items.iter();
     let rows = rows.map(|item| (item.id, item.prompt.len() + item.response.len()));
     workspace.check_rows(&config.data.path, rows)?;
-    credit_config.signal = match has_records {
-        true => responses.read_signals(signals)?,
-        false => Signal::External,
-    };
+    match has_records {
+        true => credit_config = of_signal(&credit_config, responses.read_signals(signals)?)?,
+        false => credit_config.signal = Signal::External,
+    }
     let rule = hard_rule(&credit_config)?;
     let seed = config.run.seed;
     let credit = responses.give_credit(&rule, &workspace.tokenizer, seed)?;
@@ -162,7 +163,7 @@ pub fn train(config: &SftConfig, mode: StartMode) -> Result<Summary> {
     let batches = batches.map(|batch| batch.iter().map(|&index| items[index].clone()).collect());
     let progress = Progress::start("sft", start..steps, config.run.progress);
     progress.warn(&credit.warnings);
-    let mut last: SftStep = run.last()?.unwrap_or_default();
+    let mut last: Option<SftStep> = run.last()?;
     let every = config.run.checkpoint_every;
     optimize(
         &mut policy,
@@ -173,18 +174,19 @@ pub fn train(config: &SftConfig, mode: StartMode) -> Result<Summary> {
         &mut |step, metrics, policy, optimizer| {
             let batch = watched.next().unwrap_or_default();
             let credit = watched_credit(&mut watch, &rule, &credit.diagnostics, &batch);
-            last = SftStep { metrics, credit };
-            run.log(step, &last)?;
+            let taken = SftStep { metrics, credit };
+            run.log(step, &taken)?;
             let numbers = StepNumbers {
                 loss: metrics.loss,
-                kept_fraction: Some(last.credit.kept_fraction),
-                segments_per_100_tokens: last.credit.segments_per_100_tokens,
+                kept_fraction: Some(taken.credit.kept_fraction),
+                segments_per_100_tokens: taken.credit.segments_per_100_tokens,
                 grad_norm: metrics.grad_norm,
                 lr: metrics.lr,
                 tokens: metrics.tokens,
                 ..StepNumbers::default()
             };
-            progress.step(step, numbers, &last.credit.warnings);
+            progress.step(step, numbers, &taken.credit.warnings);
+            last = Some(taken);
             match step == steps || (every > 0 && step % every == 0) {
                 true => {
                     run.sync()?;

@@ -226,3 +226,188 @@ fn what_would_be_ignored_is_refused() {
     says(&inside, &["run/pairs.jsonl", "--overwrite"]);
     assert!(scratch.path("run/pairs.jsonl").is_file());
 }
+
+#[test]
+fn numbers_that_f32_does_not_hold_are_refused() {
+    let scratch = Scratch::new();
+    for (flag, value) in [
+        ("lr", "1e308"),
+        ("beta1", "0.99999999999"),
+        ("beta2", "0.99999999"),
+        ("eps", "1e-50"),
+        ("weight-decay", "1e300"),
+        ("epochs", "9223372036854775808"),
+    ] {
+        for recipe in ["dpo --credit-selection all", "sft", "reward"] {
+            let run = format!("{recipe} --model MODEL --data pairs.jsonl --out run");
+            let error = scratch.bad(&format!("{run} --{flag} {value}"), "run");
+            says(&error, &[&format!("`{flag}` is ")]);
+        }
+    }
+}
+
+#[test]
+fn records_of_another_prompt_are_refused() {
+    let scratch = Scratch::new();
+    scratch.good(&format!("{DPO} pairs.jsonl"));
+    scratch.good("annotate --model MODEL --data pairs.jsonl --oracle run --records r.jsonl");
+    // The responses are the same.
+    scratch.write("other.jsonl", super::PAIRS.replace("say hi", "say ho"));
+    for recipe in ["dpo", "sft --credit-selection agree"] {
+        let masked = format!("{recipe} --model MODEL --signals r.jsonl --out masked --data");
+        for data in ["other.jsonl", "pairs.jsonl --max-prompt-tokens 4"] {
+            let error = scratch.bad(&format!("{masked} {data}"), "masked");
+            says(&error, &["has other token ids than the data"]);
+        }
+        scratch.good(&format!("{masked} pairs.jsonl"));
+        std::fs::remove_dir_all(scratch.path("masked")).unwrap();
+        let asked = format!("{masked} pairs.jsonl --credit-signal");
+        let error = scratch.bad(&format!("{asked} critic"), "masked");
+        says(
+            &error,
+            &["`credit-signal` is critic with records of log_ratio"],
+        );
+        scratch.good(&format!("{asked} log_ratio"));
+        std::fs::remove_dir_all(scratch.path("masked")).unwrap();
+    }
+}
+
+#[test]
+fn a_reward_model_is_no_policy() {
+    let scratch = Scratch::new();
+    let reward = "reward --model MODEL --data pairs.jsonl --steps 2 --lr 0.01";
+    scratch.good(&format!("{reward} --lora-rank 4 --out lora"));
+    scratch.good(&format!("{reward} --lora-rank 0 --out full"));
+    let annotate = "annotate --data pairs.jsonl --records r.jsonl";
+    let refused = [
+        (format!("{annotate} --model MODEL --oracle lora"), "oracle"),
+        (format!("{annotate} --model MODEL --oracle full"), "oracle"),
+        (format!("{annotate} --model full --oracle MODEL"), "model"),
+        (format!("{DPO} pairs.jsonl --adapter lora"), "adapter"),
+        (
+            "generate --model MODEL --prompt hi --adapter lora".into(),
+            "adapter",
+        ),
+        (
+            "logps --model MODEL --text hi --adapter lora".into(),
+            "adapter",
+        ),
+        ("logps --model full --text hi".into(), "model"),
+    ];
+    for (command, key) in refused {
+        let error = scratch.bad(&command, "r.jsonl");
+        says(
+            &error,
+            &[&format!("`{key}` is "), "a policy: this is a reward model"],
+        );
+    }
+    for (name, model) in [("lora", "MODEL"), ("full", "full")] {
+        scratch.good(&format!(
+            "{annotate} --model {model} --signal level --reward-model {name} --overwrite"
+        ));
+    }
+}
+
+#[test]
+fn a_reward_model_is_trained_on_with_its_head() {
+    let scratch = Scratch::new();
+    let reward = "reward --data pairs.jsonl --steps 2";
+    scratch.good(&format!(
+        "{reward} --model MODEL --lr 0.01 --lora-rank 4 --out lora"
+    ));
+    scratch.good(&format!(
+        "{reward} --model MODEL --lr 0.01 --lora-rank 0 --out full"
+    ));
+    let weights = |file: &str| std::fs::read(scratch.path(file)).unwrap();
+    for (from, flags, file) in [
+        (
+            "lora",
+            "--model MODEL --adapter lora",
+            "adapter/adapter_model.safetensors",
+        ),
+        (
+            "full",
+            "--model full --lora-rank 0",
+            "model/model.safetensors",
+        ),
+    ] {
+        // A learning rate of 0 leaves what it began with.
+        let again = format!("{reward} {flags} --lr 0 --out again");
+        let error = scratch.bad(&format!("{again} --head-init normal"), "again");
+        says(&error, &["head-init"]);
+        scratch.good(&again);
+        assert!(weights(&format!("again/{file}")) == weights(&format!("{from}/{file}")));
+        scratch.good("reward --resume again");
+        std::fs::remove_dir_all(scratch.path("again")).unwrap();
+    }
+}
+
+#[test]
+fn a_models_directory_is_the_model_whatever_lies_beside_its_weights() {
+    let scratch = Scratch::new();
+    let lora = "sft --model MODEL --data pairs.jsonl --lora-rank 4 --lr 0.1 --steps 2 --out lora";
+    scratch.good(lora);
+    scratch
+        .good("sft --model MODEL --data pairs.jsonl --lora-rank 0 --lr 0.01 --steps 2 --out full");
+    let annotate = "annotate --model MODEL --data pairs.jsonl --overwrite --records";
+    scratch.good(&format!("{annotate} r.jsonl --oracle full/model"));
+    let before = scratch.read("r.jsonl");
+    let (from, to) = (
+        scratch.path("lora/adapter"),
+        scratch.path("full/model/adapter"),
+    );
+    std::fs::create_dir(&to).unwrap();
+    for file in std::fs::read_dir(from).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), to.join(file.file_name())).unwrap();
+    }
+    scratch.good(&format!("{annotate} r.jsonl --oracle full/model"));
+    assert!(scratch.read("r.jsonl") == before);
+    scratch.good(&format!("{annotate} r.jsonl --oracle lora"));
+    assert!(scratch.read("r.jsonl") != before);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_pipe_is_refused_where_its_hash_is_written_down() {
+    let scratch = Scratch::new();
+    for command in [
+        "dpo --credit-selection all --data /dev/stdin --out made",
+        "sft --data /dev/stdin --out made",
+        "annotate --data /dev/stdin --oracle x --records made",
+    ] {
+        let output = assert_cmd::Command::cargo_bin("pivotal")
+            .unwrap()
+            .current_dir(scratch.0.path())
+            .args(command.split_whitespace())
+            .args(["--model".as_ref(), golden("llama").as_os_str()])
+            .write_stdin(super::PAIRS)
+            .output()
+            .unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{error}");
+        says(
+            &error,
+            &["`/dev/stdin` is a pipe or a device", "a file first"],
+        );
+        assert!(!scratch.path("made").exists());
+    }
+}
+
+#[test]
+fn signals_too_large_for_their_sums_are_named_and_not_written_as_null() {
+    let scratch = Scratch::new();
+    let row = |signal: &str| {
+        format!(
+            "{{\"prompt\": \"a\", \"chosen\": \"bcd\", \"rejected\": \"e\", \
+             \"chosen_signal\": {signal}, \"rejected_signal\": [0.5, -1]}}"
+        )
+    };
+    let run = "dpo --model MODEL --data big.jsonl --out run";
+    scratch.write("big.jsonl", row("[3e38, 3e38, 0.5, 0.5]"));
+    let error = scratch.bad(&format!("{run} --credit-score sum"), "run");
+    says(&error, &["`segments.score` comes to inf", "response 1"]);
+    scratch.write("big.jsonl", row("[3e38, -3e38, 0.5, 0.5]"));
+    let error = scratch.bad(&format!("{run} --credit-offset-std 2"), "run");
+    says(&error, &["`offset` comes to inf", "response 1"]);
+}

@@ -74,6 +74,34 @@ fn a_run_that_diverges_names_step_number_and_rows_and_keeps_its_last_good_checkp
     }
 }
 
+#[test]
+fn a_last_step_that_breaks_the_weights_writes_no_result() {
+    let more = "reject --data prompts.jsonl --prompts 2 --samples 4 --max-new-tokens 6 --rounds 1 \
+                --credit-selection all --batch 64";
+    for recipe in DIVERGING.iter().chain([&more]) {
+        let scratch = scratch();
+        let name = recipe.split_whitespace().next().unwrap();
+        let recipe = recipe
+            .replace("--steps 12", "")
+            .replace("--value-lr 1e30", "")
+            .replace("--epochs 8", "");
+        let one = if name == "reject" { "" } else { "--steps 1" };
+        // A gradient of any size moves each weight by about `lr`; that times the decay is more than f32 holds.
+        let output = scratch.run(&format!(
+            "{recipe} --model MODEL --lora-rank 4 --lr 1e30 --weight-decay 1e30 {one} \
+             --seed 3 --progress off --out run"
+        ));
+        let error = error_of(&output, 3);
+        says(&error, &["the optimizer left `", "lora_", "at step 1"]);
+        for result in ["summary.json", "adapter", "checkpoints/step-00000001"] {
+            assert!(
+                !scratch.path("run").join(result).exists(),
+                "{name}: {result}"
+            );
+        }
+    }
+}
+
 /// Runs a command under a limit on the size of files that it writes, in blocks of 512 bytes: what a full disk does to it.
 #[cfg(target_os = "linux")]
 fn run_limited(scratch: &Scratch, blocks: u32, command: &str) -> Output {

@@ -73,7 +73,7 @@ fn grpo_writes_every_rollout_and_begins_at_ratio_one() {
             updates += line["updates"].as_u64().unwrap();
         }
         assert!(updates > 0, "{name} never found scores that differ");
-        let moved = |line: &Value| line["kl_max"].as_f64().unwrap() > 0.0;
+        let moved = |line: &Value| line["kl_max"].as_f64().is_some_and(|max| max > 0.0);
         assert!(metrics.iter().any(moved), "{name}: the policy did not move");
         let rollouts = lines(&scratch, &format!("{name}/rollouts.jsonl"));
         assert_eq!(rollouts.len() % 4, 0);
@@ -81,6 +81,12 @@ fn grpo_writes_every_rollout_and_begins_at_ratio_one() {
             let tokens = rollout["token_ids"].as_array().unwrap().len();
             let sampled = rollout["sampled_logps"].as_array().unwrap();
             assert_eq!(sampled.len(), tokens);
+            // What was given credit says by which numbers.
+            let credited = rollout.get("segments").is_some();
+            assert_eq!(credited, flags == GRPO);
+            for key in ["baseline", "offset", "sequence_sign"] {
+                assert_eq!(rollout.get(key).is_some(), credited, "{name}: {key}");
+            }
             let Some(old) = rollout["old_logps"].as_array() else {
                 assert_eq!(rollout["advantage"], 0.0);
                 continue;
@@ -198,8 +204,15 @@ fn measuring_the_divergence_now_and_then_changes_nothing_else() {
             })
             .collect()
     };
-    assert_eq!(measured("always"), [true; 4]);
-    assert_eq!(measured("sometimes"), [true, false, true, false]);
+    // No response of a step whose groups are all flat goes through the reference: there is nothing to say then, not 0.
+    let metrics = lines(&scratch, "always/metrics.jsonl");
+    let flat = metrics
+        .iter()
+        .map(|line| line["flat_group_fraction"] == 1.0);
+    let live: Vec<bool> = flat.map(|flat| !flat).collect();
+    assert!(live.contains(&true) && live.contains(&false));
+    assert_eq!(measured("always"), live);
+    assert_eq!(measured("sometimes"), [live[0], false, live[2], false]);
     assert_eq!(measured("never"), [false; 4]);
     // A KL loss needs the reference in every step.
     let flags = "--credit-selection all --steps 2 --kl-every 0 --kl-coef 0.1";

@@ -241,3 +241,51 @@ fn every_loss_of_preferences_trains_under_a_mask() {
     );
     super::says(&error, &["`label-smoothing`", "`hinge`"]);
 }
+
+#[test]
+fn what_no_token_was_measured_for_is_absent() {
+    let scratch = Scratch::new();
+    let rows: String = ["bc", "de"]
+        .map(|chosen| {
+            format!(
+                "{{\"prompt\": \"a\", \"chosen\": \"{chosen}\", \"rejected\": \"f\", \
+                 \"chosen_signal\": [1, -1, 1], \"rejected_signal\": [0.5, -1]}}\n"
+            )
+        })
+        .concat();
+    scratch.write("signal.jsonl", rows);
+    let run = "dpo --model MODEL --data signal.jsonl --lora-rank 2 --steps 1 --out";
+    scratch.good(&format!("{run} kept"));
+    scratch.good(&format!("{run} none --credit-offset 100"));
+    let keys = ["kl_k1", "kl_k2", "kl_k3", "chosen_kept_logp"];
+    for (name, known) in [("kept", true), ("none", false)] {
+        let line = scratch.read(&format!("{name}/metrics.jsonl"));
+        let line: serde_json::Value = serde_json::from_str(&line).unwrap();
+        assert!(
+            keys.iter().all(|key| line.get(key).is_some() == known),
+            "{line}"
+        );
+    }
+}
+
+#[test]
+fn a_jump_is_in_the_record_that_it_cut() {
+    let scratch = Scratch::new();
+    let row = "{\"prompt\": \"a\", \"chosen\": \"bc\", \"rejected\": \"f\", \
+               \"chosen_signal\": [1, -1, 1], \"rejected_signal\": [0.5, -1]}";
+    scratch.write("signal.jsonl", row);
+    let run = "dpo --model MODEL --data signal.jsonl --lora-rank 2 --steps 1 --out";
+    scratch.good(&format!("{run} jump --credit-cut jump --credit-jump 0.5"));
+    scratch.good(&format!("{run} schmitt"));
+    let jump = |name: &str| -> serde_json::Value {
+        let line = scratch.read(&format!("{name}/credit.jsonl"));
+        let line: serde_json::Value = serde_json::from_str(line.lines().next().unwrap()).unwrap();
+        line["jump"].clone()
+    };
+    assert_eq!(jump("jump"), 0.5);
+    assert!(jump("schmitt").is_null());
+    // It is read as it was written.
+    scratch.good(
+        "sft --model MODEL --data signal.jsonl --signals jump/credit.jsonl --steps 1 --out sft",
+    );
+}

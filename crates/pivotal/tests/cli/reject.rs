@@ -86,11 +86,13 @@ fn the_best_of_each_prompt_are_accepted_and_every_sample_is_written_down() {
         for one in &here {
             let is_accepted = one["verdict"] == "accepted";
             assert_eq!(one["accepted"], is_accepted);
-            assert_eq!(
-                one["keep"].is_array(),
-                is_accepted,
-                "credit is for the accepted alone"
-            );
+            for key in ["keep", "baseline", "offset", "sequence_sign"] {
+                let given = one.get(key).is_some();
+                assert_eq!(
+                    given, is_accepted,
+                    "{key}: credit is for the accepted alone"
+                );
+            }
             // No sample of the prompt that was not accepted scores more than one that was.
             let rivals = here.iter().filter(|other| other["id"] == one["id"]);
             let outranked = rivals.filter(|other| {
@@ -98,6 +100,11 @@ fn the_best_of_each_prompt_are_accepted_and_every_sample_is_written_down() {
                     && other["score"].as_f64().unwrap() > one["score"].as_f64().unwrap()
             });
             assert!(!is_accepted || outranked.count() == 0, "{one}");
+        }
+        for one in &accepted {
+            assert_eq!(one["baseline"].as_array().unwrap().len(), 1);
+            assert!(one["offset"].is_number() && one.get("jump").is_none());
+            assert_eq!(one["sequence_sign"], "positive");
         }
         let of_round: Vec<&Value> = accepted
             .iter()

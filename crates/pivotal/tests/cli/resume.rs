@@ -254,3 +254,114 @@ fn a_resumed_run_writes_no_event_twice() {
         assert_eq!(event_steps(&scratch, name), steps, "{name}");
     }
 }
+
+#[test]
+fn a_run_is_continued_as_it_began_or_not_at_all() {
+    let scratch = Scratch::new();
+    scratch.good(&format!("{RUN} --out run"));
+    // Of another recipe: that is said before its configuration is read as this one's.
+    for recipe in ["sft", "reward", "ppo"] {
+        says(
+            &scratch.bad(&format!("{recipe} --resume run"), ""),
+            &["it is a run of `dpo`"],
+        );
+    }
+    says(
+        &scratch.bad("dpo --resume run --out elsewhere", "elsewhere"),
+        &["--resume", "--out"],
+    );
+    let config = scratch.read("run/config.toml");
+    for (from, to) in [
+        ("lr = 0.0001", "lr = 0.001"),
+        ("beta2 = 0.999", "beta2 = 0.99"),
+    ] {
+        assert!(config.contains(from), "{config}");
+        scratch.write("run/config.toml", config.replace(from, to));
+        says(
+            &scratch.bad("dpo --resume run", ""),
+            &["`config.toml` was edited since it began"],
+        );
+    }
+    // How it is watched is no part of what it is.
+    let watched = config.replace("progress = \"auto\"", "progress = \"off\"");
+    assert_ne!(watched, config);
+    scratch.write("run/config.toml", watched);
+    scratch.good("dpo --resume run");
+    // A run of before the hash was written down.
+    let mut manifest: serde_json::Value =
+        serde_json::from_str(&scratch.read("run/manifest.json")).unwrap();
+    assert!(
+        manifest
+            .as_object_mut()
+            .unwrap()
+            .remove("config_blake3")
+            .is_some()
+    );
+    scratch.write("run/manifest.json", manifest.to_string());
+    scratch.good("dpo --resume run");
+}
+
+#[test]
+fn what_cannot_be_read_is_not_taken_for_absent() {
+    let scratch = Scratch::new();
+    scratch.good(&format!("{RUN} --out run"));
+    let metrics = scratch.read("run/metrics.jsonl");
+    let manifest = scratch.read("run/manifest.json");
+    // Neither a file where a directory belongs nor the other way round can be read, by whoever it is.
+    std::fs::remove_file(scratch.path("run/manifest.json")).unwrap();
+    std::fs::create_dir(scratch.path("run/manifest.json")).unwrap();
+    let output = scratch.run("dpo --resume run");
+    let error = String::from_utf8_lossy(&output.stderr);
+    says(&error, &["`run/manifest.json`: Is a directory"]);
+    std::fs::remove_dir(scratch.path("run/manifest.json")).unwrap();
+    scratch.write("run/manifest.json", manifest);
+    std::fs::rename(scratch.path("run/checkpoints"), scratch.path("aside")).unwrap();
+    scratch.write("run/checkpoints", "");
+    let output = scratch.run("dpo --resume run");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_ne!(output.status.code(), Some(0));
+    says(&error, &["`run/checkpoints`: Not a directory"]);
+    assert_eq!(scratch.read("run/metrics.jsonl"), metrics);
+}
+
+#[test]
+fn a_run_in_use_is_neither_resumed_nor_overwritten() {
+    let scratch = Scratch::new();
+    scratch.good(&format!("{RUN} --out run"));
+    let before = files(&scratch, "run");
+    let held = std::fs::File::open(scratch.path("run/manifest.json")).unwrap();
+    held.lock().unwrap();
+    for command in [
+        "dpo --resume run".to_owned(),
+        format!("{RUN} --out run --overwrite"),
+    ] {
+        let output = scratch.run(&command);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        says(&error, &["`run` is in use by another run"]);
+    }
+    assert!(files(&scratch, "run") == before);
+    drop(held);
+    scratch.good("dpo --resume run");
+}
+
+#[test]
+fn a_summary_without_a_step_says_no_number_of_one() {
+    let scratch = Scratch::new();
+    for recipe in ["dpo --credit-selection all", "sft", "reward"] {
+        let name = recipe.split_whitespace().next().unwrap();
+        scratch.good(&format!(
+            "{recipe} --model MODEL --data pairs.jsonl --steps 1 --lora-rank 2 --out {name}"
+        ));
+        let last = |summary: &str| -> bool {
+            let summary: serde_json::Value = serde_json::from_str(summary).unwrap();
+            summary.get("last").is_some()
+        };
+        assert!(last(&scratch.read(&format!("{name}/summary.json"))));
+        scratch.write(&format!("{name}/metrics.jsonl"), "");
+        assert!(
+            !last(&scratch.good(&format!("{name} --resume {name}"))),
+            "{name}"
+        );
+    }
+}

@@ -237,7 +237,7 @@ fn a_conversation_keeps_only_what_the_model_said_of_what_the_signal_keeps() {
     let plain = scratch.good(&format!("{run} --out plain"));
     // "ab" and "cdef", each with its EOS.
     says(&plain, &["\"kept_tokens\": 8"]);
-    // A record as another program writes it, of the whole response: what the user said in it too.
+    // A record as another program writes it, without a prompt, of the whole response: what the user said in it too.
     let ids = |text: &str| -> Vec<u64> {
         let line = scratch.good(&format!("logps --model chat --text {text}"));
         let line: Value = serde_json::from_str(&line).unwrap();
@@ -256,7 +256,7 @@ fn a_conversation_keeps_only_what_the_model_said_of_what_the_signal_keeps() {
         .map(|token| [1.0, -1.0, 2.0][token % 3])
         .collect();
     let record = json!({
-        "schema_version": 1, "id": 1, "side": null, "prompt_token_ids": [1],
+        "schema_version": 1, "id": 1, "side": null, "prompt_token_ids": [],
         "token_ids": response, "token_texts": vec!["?"; response.len()],
         "signal_name": "external", "signal": signal, "baseline": [0.0], "offset": 0.0,
         "segments": [{"start": 0, "end": response.len(), "score": 0.0, "sign": "neutral"}],
