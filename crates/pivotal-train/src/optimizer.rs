@@ -86,7 +86,8 @@ impl GradientSum {
     /// The Euclidean norm over all gradients, in f64, and in the order of the names.
     pub fn norm(&self) -> f64 {
         let sums = [square_sums(&self.matrices), square_sums(&self.vectors)];
-        sums.iter().flatten().sum::<f64>().sqrt()
+        // A sum of nothing is −0.
+        (0.0 + sums.iter().flatten().sum::<f64>()).sqrt()
     }
 }
 

@@ -98,9 +98,11 @@ pub struct GrpoMetrics {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kl_max: Option<f64>,
     /// Mean |sampled − recomputed| log-probability of a token, in nats.
-    pub sampling_gap_mean: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sampling_gap_mean: Option<f64>,
     /// The largest.
-    pub sampling_gap_max: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sampling_gap_max: Option<f64>,
     /// Largest |ratio − 1| in the first minibatch: 0, for the policy has not moved.
     pub first_ratio_deviation: f64,
     /// Largest |ratio − 1| in all.
@@ -624,8 +626,8 @@ impl GrpoMetrics {
         self.kl_k3 = kl.token_mean(KlEstimator::K3);
         self.kl_max = self.kl_k1.map(|_| kl.max_abs_log_ratio);
         let gap = gap(batch.rollouts, batch.old_logps);
-        self.sampling_gap_mean = gap.mean;
-        self.sampling_gap_max = gap.max;
+        self.sampling_gap_mean = gap.as_ref().map(|gap| gap.mean);
+        self.sampling_gap_max = gap.as_ref().map(|gap| gap.max);
         Ok(())
     }
 

@@ -242,8 +242,8 @@ fn micro_batches(
     time(Part::Pack, || ranges.into_iter().map(micro_batch).collect())
 }
 
-/// How far `recomputed` is from what decoding said, over the rollouts that were recomputed.
-pub fn gap(rollouts: &[Rollout], recomputed: &[Vec<f32>]) -> SamplingGap {
+/// How far `recomputed` is from what decoding said, over the rollouts that were recomputed; `None` if none was.
+pub fn gap(rollouts: &[Rollout], recomputed: &[Vec<f32>]) -> Option<SamplingGap> {
     let (mut sum, mut max, mut tokens) = (0.0, 0.0_f64, 0_usize);
     for (rollout, recomputed) in rollouts.iter().zip(recomputed) {
         for (sampled, recomputed) in rollout.sampled_logps.iter().zip(recomputed) {
@@ -253,8 +253,8 @@ pub fn gap(rollouts: &[Rollout], recomputed: &[Vec<f32>]) -> SamplingGap {
             tokens += 1;
         }
     }
-    SamplingGap {
-        mean: sum / tokens.max(1) as f64,
+    (tokens > 0).then(|| SamplingGap {
+        mean: sum / tokens as f64,
         max,
-    }
+    })
 }

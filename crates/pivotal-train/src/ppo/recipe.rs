@@ -85,9 +85,11 @@ pub struct PpoMetrics {
     #[serde(flatten)]
     pub update: UpdateNumbers,
     /// Mean |sampled − recomputed| log-probability of a token, in nats.
-    pub sampling_gap_mean: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sampling_gap_mean: Option<f64>,
     /// The largest.
-    pub sampling_gap_max: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sampling_gap_max: Option<f64>,
     /// Norm of the policy's last gradient before clipping.
     pub grad_norm: f64,
     /// Norm of the value model's.
@@ -482,8 +484,8 @@ impl Training<'_> {
             checks: mean(scores.iter().filter_map(|score| score.checks)),
             reward: mean(scores.iter().filter_map(|score| score.reward)),
             update: updates.sums.numbers(),
-            sampling_gap_mean: gap.mean,
-            sampling_gap_max: gap.max,
+            sampling_gap_mean: gap.as_ref().map(|gap| gap.mean),
+            sampling_gap_max: gap.as_ref().map(|gap| gap.max),
             grad_norm: updates.grad_norm,
             value_grad_norm: updates.value_grad_norm,
             lr: updates.lr,

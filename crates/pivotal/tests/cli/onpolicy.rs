@@ -212,6 +212,9 @@ fn measuring_the_divergence_now_and_then_changes_nothing_else() {
     let live: Vec<bool> = flat.map(|flat| !flat).collect();
     assert!(live.contains(&true) && live.contains(&false));
     assert_eq!(measured("always"), live);
+    // Nor are its log-probabilities computed anew, for there is no update.
+    let gap = |line: &Value| line.get("sampling_gap_mean").is_some();
+    assert_eq!(metrics.iter().map(gap).collect::<Vec<_>>(), live);
     assert_eq!(measured("sometimes"), [live[0], false, live[2], false]);
     assert_eq!(measured("never"), [false; 4]);
     // A KL loss needs the reference in every step.
