@@ -324,6 +324,29 @@ mod tests {
         (with, slopes)
     }
 
+    /// The log-probabilities and the gradient of their sum, in f32, by the kernels that make the logits twice.
+    fn two_passes(
+        x: &[f32],
+        head: &[f32],
+        targets: &[u32],
+        shape: HeadShape,
+    ) -> (TokenLogps, Vec<f32>) {
+        let exact = token_logps_forward(x, head, targets, shape, Precision::F32);
+        let (mut dx, ones) = (vec![f32::NAN; x.len()], vec![1.0; targets.len()]);
+        token_logps_backward(
+            x,
+            head,
+            targets,
+            &exact.lse,
+            &ones,
+            shape,
+            Precision::F32,
+            &mut dx,
+            None,
+        );
+        (exact, dx)
+    }
+
     #[test]
     fn agrees_with_the_two_pass_kernels() {
         on_each(|| {
@@ -346,21 +369,8 @@ mod tests {
                     (Precision::Bf16, BF16_TOLERANCE, BF16_DISTANCE),
                 ] {
                     let (got, slopes) = compute(&x, &head, &targets, shape, precision);
-                    let exact = token_logps_forward(&x, &head, &targets, shape, Precision::F32);
+                    let (exact, dx) = two_passes(&x, &head, &targets, shape);
                     assert_close("logps", &got.logps, &widen(&exact.logps), tolerance);
-                    let mut dx = vec![f32::NAN; x.len()];
-                    let ones = vec![1.0; rows];
-                    token_logps_backward(
-                        &x,
-                        &head,
-                        &targets,
-                        &exact.lse,
-                        &ones,
-                        shape,
-                        Precision::F32,
-                        &mut dx,
-                        None,
-                    );
                     assert_close("slopes", &slopes, &widen(&dx), tolerance);
                     assert_near("slopes", &slopes, &widen(&dx), distance);
                 }
@@ -397,20 +407,8 @@ mod tests {
             },
         );
         let (x, head) = (random(rows * 2, 1), random(10, 2));
-        let (targets, ones) = (targets(rows, 5), vec![1.0; rows]);
-        let exact = token_logps_forward(&x, &head, &targets, shape, Precision::F32);
-        let mut dx = vec![f32::NAN; x.len()];
-        token_logps_backward(
-            &x,
-            &head,
-            &targets,
-            &exact.lse,
-            &ones,
-            shape,
-            Precision::F32,
-            &mut dx,
-            None,
-        );
+        let targets = targets(rows, 5);
+        let (exact, dx) = two_passes(&x, &head, &targets, shape);
         on_each(|| {
             for (precision, tolerance, distance) in [
                 (Precision::F32, F32_TOLERANCE, F32_DISTANCE),
