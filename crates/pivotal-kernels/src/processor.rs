@@ -13,6 +13,18 @@ pub enum Processor {
     Amx,
 }
 
+impl Processor {
+    /// As files and flags have it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx512 => "avx512",
+            Self::Amx => "amx",
+        }
+    }
+}
+
 static CHOSEN: OnceLock<Processor> = OnceLock::new();
 
 /// What the kernels use here: the most that this processor and its system offer, unless [`limit_processor`] or
@@ -46,9 +58,8 @@ pub fn limit_processor(most: Processor) -> Result<Processor, Processor> {
     }
 }
 
-/// The most that the environment's `PIVOTAL_PROCESSOR` (`portable`, `avx512`, `amx`) lets the kernels use; `Amx`, which is all
-/// there is, where it is not set. A result is the same bit for bit on one path alone, so this is how one processor repeats
-/// what another did.
+/// The most that the environment's `PIVOTAL_PROCESSOR` (a [`Processor::name`]) lets the kernels use; `Amx`, which is all there
+/// is, where it is not set. Products of f32 that are the `gemm` crate's choose their instructions by themselves.
 ///
 /// # Errors
 /// Its value, if that is another.
@@ -56,12 +67,10 @@ pub fn allowed_processor() -> Result<Processor, String> {
     match std::env::var("PIVOTAL_PROCESSOR") {
         Err(std::env::VarError::NotPresent) => Ok(Processor::Amx),
         Err(std::env::VarError::NotUnicode(value)) => Err(value.to_string_lossy().into_owned()),
-        Ok(value) => match value.as_str() {
-            "portable" => Ok(Processor::Portable),
-            "avx512" => Ok(Processor::Avx512),
-            "amx" => Ok(Processor::Amx),
-            _ => Err(value),
-        },
+        Ok(value) => {
+            let mut all = [Processor::Portable, Processor::Avx512, Processor::Amx].into_iter();
+            all.find(|path| path.name() == value).ok_or(value)
+        }
     }
 }
 

@@ -58,6 +58,28 @@ pub(crate) fn random(len: usize, seed: u64) -> Vec<f32> {
         .collect()
 }
 
+/// Rows, width and vocabulary of small heads, about the lengths of a block and the sizes of a tile of logits.
+pub(crate) const HEADS: [(usize, usize, usize); 7] = [
+    (0, 4, 9),
+    (1, 1, 1),
+    (5, 16, 1023),
+    (3, 33, 1024),
+    (63, 5, 1023),
+    (65, 8, 1025),
+    (64, 17, 3000),
+];
+
+/// A number a row as [`random`] makes them, but 0 for every third row, which a mask drops.
+pub(crate) fn masked(rows: usize, seed: u64) -> Vec<f32> {
+    let mut slopes = random(rows, seed);
+    slopes
+        .iter_mut()
+        .skip(2)
+        .step_by(3)
+        .for_each(|slope| *slope = 0.0);
+    slopes
+}
+
 /// `out (+)= a · b` in f64; strides are (row, column) of the logical `[m, k]` and `[k, n]` operands.
 pub(crate) fn naive_product(
     a: &[f32],

@@ -19,8 +19,8 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use pivotal_core::{
-    FileError, FileHash, Manifest, SCHEMA_VERSION, content_hash, read_file, remove_temporaries,
-    sync_directory, write_atomic,
+    FileError, FileHash, Manifest, SCHEMA_VERSION, content_hash, is_stream, read_file,
+    remove_temporaries, sync_directory, write_atomic,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -296,11 +296,7 @@ pub fn manifest(
 /// # Errors
 /// [`Error::NotAFile`].
 pub(crate) fn check_files(inputs: &[&Path]) -> Result<()> {
-    let passes = |input: &&&Path| {
-        // One that is not there is named by whoever reads it.
-        std::fs::metadata(input).is_ok_and(|found| !found.is_file() && !found.is_dir())
-    };
-    match inputs.iter().find(passes) {
+    match inputs.iter().find(|input| is_stream(input)) {
         None => Ok(()),
         Some(input) => Err(Error::NotAFile {
             path: input.to_path_buf(),
@@ -308,13 +304,15 @@ pub(crate) fn check_files(inputs: &[&Path]) -> Result<()> {
     }
 }
 
+/// What products of f32 find by themselves, and what the kernels use: less than there is where they are told to.
 #[cfg(target_arch = "x86_64")]
 fn processor_features() -> [bool; 4] {
+    use pivotal_kernels::{Processor, processor};
     [
         std::arch::is_x86_feature_detected!("avx2"),
         std::arch::is_x86_feature_detected!("avx512f"),
-        std::arch::is_x86_feature_detected!("avx512bf16"),
-        pivotal_kernels::processor() == pivotal_kernels::Processor::Amx,
+        processor() >= Processor::Avx512,
+        processor() == Processor::Amx,
     ]
 }
 

@@ -326,7 +326,7 @@ pub(crate) fn domain(
         false => Err(Error::Setting {
             key,
             found: value.to_string(),
-            expected: match value.is_finite() || expected.contains("finite") {
+            expected: match value.is_finite() {
                 true => expected,
                 false => "a finite number",
             },

@@ -119,14 +119,10 @@ impl MostUsed {
             Self::Avx512 => Processor::Avx512,
             Self::Amx => Processor::Amx,
         };
-        match limit_processor(most) {
-            Ok(Processor::Portable) => Ok("portable"),
-            Ok(Processor::Avx512) => Ok("avx512"),
-            Ok(Processor::Amx) => Ok("amx"),
-            Err(settled) => Err(Failure::system(&format!(
-                "the kernels already use {settled:?}"
-            ))),
-        }
+        let used = limit_processor(most);
+        used.map(Processor::name).map_err(|settled| {
+            Failure::system(&format!("the kernels already use {}", settled.name()))
+        })
     }
 }
 

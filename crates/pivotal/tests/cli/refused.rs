@@ -241,6 +241,21 @@ fn a_processor_that_is_none_is_refused_and_a_lesser_one_agrees() {
         portable.iter().zip(&most).all(close),
         "{portable:?} {most:?}"
     );
+    // A run says what it used, not what there is.
+    assert_cmd::Command::cargo_bin("pivotal")
+        .unwrap()
+        .env("PIVOTAL_PROCESSOR", "portable")
+        .current_dir(scratch.path(""))
+        .args("sft --model amx --data pairs.jsonl --lora-rank 2 --steps 1 --out run".split(' '))
+        .assert()
+        .success();
+    let manifest = scratch.read("run/manifest.json");
+    let manifest: serde_json::Value = serde_json::from_str(&manifest).unwrap();
+    let device = manifest["device"].as_str().unwrap();
+    assert!(
+        device.starts_with("cpu") && !device.contains("bf16"),
+        "{device}"
+    );
 }
 
 #[test]
